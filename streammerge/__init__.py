@@ -1,0 +1,58 @@
+"""Merge LoRA adapters into a checkpoint as a stream of tiles, in a memory ceiling of your choice.
+
+```python
+import streammerge
+
+plan = streammerge.build_plan("llama3_lora_sft.yaml")   # no weight is read, nothing is written
+report = streammerge.export("llama3_lora_sft.yaml")     # or a dict with the same keys
+print(report.peak_rss_bytes, report.output_dir)
+```
+"""
+
+from __future__ import annotations
+
+from streammerge.config import ExportConfig, load_config
+from streammerge.engine.export import Progress, build_plan, export
+from streammerge.errors import (
+    AdapterError,
+    CheckpointError,
+    ConfigError,
+    DiskSpaceError,
+    InputError,
+    InterruptedRunError,
+    MemoryBudgetError,
+    NonFiniteError,
+    OutputExistsError,
+    PlanError,
+    ResourceError,
+    StreamMergeError,
+    UnsupportedError,
+    VerificationError,
+)
+from streammerge.plan.merge_plan import MergePlan
+from streammerge.report.export_report import ExportReport
+
+__all__ = [
+    "AdapterError",
+    "CheckpointError",
+    "ConfigError",
+    "DiskSpaceError",
+    "ExportConfig",
+    "ExportReport",
+    "InputError",
+    "InterruptedRunError",
+    "MemoryBudgetError",
+    "MergePlan",
+    "NonFiniteError",
+    "OutputExistsError",
+    "PlanError",
+    "Progress",
+    "ResourceError",
+    "StreamMergeError",
+    "UnsupportedError",
+    "VerificationError",
+    "build_plan",
+    "export",
+    "load_config",
+]
+__version__ = "0.1.0"

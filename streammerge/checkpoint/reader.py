@@ -1,0 +1,166 @@
+"""Bounded reads of weight files into buffers of the caller's.
+
+Two ways, equal to the byte: `buffered` (positional reads) and `mmap` (a mapping whose pages are dropped
+as soon as they are copied). Both ask the kernel to read ahead, and drop the page cache behind a file
+that is read once from front to back, so that a merge of a 140 GB base does not evict everything else.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+
+from streammerge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from streammerge.checkpoint.header import StoredTensor
+
+__all__ = ["FileReader", "IoMode", "ReaderPool", "open_reader"]
+
+IoMode = Literal["auto", "buffered", "mmap"]
+
+_PAGE = mmap.PAGESIZE
+READ_AHEAD_BYTES = 32 << 20
+
+
+class FileReader(Protocol):
+    """Positional reads of one file."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes at `offset`.
+
+        Raises:
+            CheckpointError: The file ends before the buffer is full, or the device fails.
+        """
+
+    def forget(self, offset: int, nbytes: int) -> None:
+        """Drop the cached pages that lie wholly inside the range; it will not be read again."""
+
+    def close(self) -> None:
+        """Release the file."""
+
+
+class BufferedReader:
+    """Read with `preadv`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes at `offset`."""
+        done = 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(self._file, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(
+                    f"cannot read ({error.strerror})", where=f"{self._path} at byte {offset + done}"
+                ) from error
+            if count == 0:
+                raise _truncated(self._path, offset + len(buffer), offset + done)
+            done += count
+        end = offset + len(buffer)
+        os.posix_fadvise(self._file, end, READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+
+    def forget(self, offset: int, nbytes: int) -> None:
+        """Drop the cached pages that lie wholly inside the range."""
+        os.posix_fadvise(self._file, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        """Release the file."""
+        os.close(self._file)
+
+
+class MappedReader:
+    """Copy out of a read-only mapping, and unmap the pages right after."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = os.open(path, os.O_RDONLY)
+        self._map = mmap.mmap(self._file, 0, prot=mmap.PROT_READ)
+        self._bytes = np.frombuffer(self._map, dtype=np.uint8)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes at `offset`."""
+        # a page beyond the end of a file that shrank kills the process when touched: look first
+        size, end = os.fstat(self._file).st_size, offset + len(buffer)
+        if end > size:
+            raise _truncated(self._path, end, size)
+        ahead = offset - offset % _PAGE
+        if ahead < size:
+            self._map.madvise(mmap.MADV_WILLNEED, ahead, min(end + READ_AHEAD_BYTES, size) - ahead)
+        # numpy copies without the interpreter lock, so other stages run while pages come in
+        np.copyto(np.frombuffer(buffer, dtype=np.uint8), self._bytes[offset:end])
+        self._drop(offset, end)
+
+    def forget(self, offset: int, nbytes: int) -> None:
+        """Drop the cached pages that lie wholly inside the range."""
+        os.posix_fadvise(self._file, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        """Release the mapping and the file."""
+        del self._bytes
+        self._map.close()
+        os.close(self._file)
+
+    def _drop(self, offset: int, end: int) -> None:
+        first = offset - offset % _PAGE
+        self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
+
+
+def open_reader(path: Path, *, mode: IoMode) -> FileReader:
+    """Open a file for positional reads.
+
+    Raises:
+        CheckpointError: The file cannot be opened.
+    """
+    try:
+        return MappedReader(path) if mode == "mmap" else BufferedReader(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot open the file ({error})", where=path) from error
+
+
+class ReaderPool:
+    """The open files of one run, opened on first use. One thread at a time may use a pool."""
+
+    def __init__(self, *, mode: IoMode) -> None:
+        self._mode = mode
+        self._readers: dict[Path, FileReader] = {}
+
+    def __enter__(self) -> ReaderPool:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def reader(self, path: Path) -> FileReader:
+        """The open reader of a file."""
+        if path not in self._readers:
+            self._readers[path] = open_reader(path, mode=self._mode)
+        return self._readers[path]
+
+    def read_tensor(self, tensor: StoredTensor, buffer: memoryview) -> None:
+        """Fill `buffer`, of exactly the tensor's size, with its bytes."""
+        self.reader(tensor.path).read_into(tensor.offset, buffer)
+
+    def close(self) -> None:
+        """Close every file."""
+        while self._readers:
+            self._readers.popitem()[1].close()
+
+
+def _truncated(path: Path, expected: int, got: int) -> CheckpointError:
+    return CheckpointError(
+        "file is truncated",
+        where=path,
+        expected=f"at least {expected} bytes",
+        got=got,
+        hint="it changed during the run: download or copy it again",
+    )

@@ -1,0 +1,159 @@
+"""The command line: parse, call the API, render. No logic lives here."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.main import get_command
+
+from streammerge.errors import StreamMergeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from streammerge.config import ExportConfig
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Merge LoRA adapters into a checkpoint as a stream, in a memory ceiling of your choice.",
+    epilog="Exit codes: 0 done, 2 usage or configuration, 3 bad or mismatched input, 4 not enough memory "
+    "or disk, 5 verification found a difference, 130 interrupted (run again to go on).",
+)
+
+_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
+_Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+_CONFIG_HELP = "YAML or JSON file, as `llamafactory-cli export` takes it."
+
+
+@app.command(context_settings=_OVERRIDES)
+def export(
+    context: typer.Context,
+    config: Annotated[str | None, typer.Argument(help=_CONFIG_HELP)] = None,
+    as_json: _Json = False,
+    debug: _Debug = False,
+) -> None:
+    """Merge the adapters of CONFIG into its base.
+
+    Any key can be overridden: `key=value` or `--key value`. For example:
+
+    streammerge export llama3_lora_sft.yaml max_memory=4GB --export_dir merged
+    """
+
+    def run() -> None:
+        from streammerge.cli.render import RichProgress, show_report
+        from streammerge.engine.export import export as run_export
+
+        settings = _load(config, context.args)
+        report = run_export(settings, progress=RichProgress())
+        _print_json(report.to_dict()) if as_json else show_report(report)
+
+    _guard(run, as_json=as_json, debug=debug)
+
+
+@app.command(context_settings=_OVERRIDES)
+def plan(
+    context: typer.Context,
+    config: Annotated[str | None, typer.Argument(help=_CONFIG_HELP)] = None,
+    as_json: _Json = False,
+    debug: _Debug = False,
+) -> None:
+    """Say what `export` would do: bytes, memory, shards, targets. Reads headers only, writes nothing."""
+
+    def run() -> None:
+        from streammerge.cli.render import show_plan
+        from streammerge.engine.export import build_plan
+
+        merge_plan = build_plan(_load(config, context.args))
+        _print_json(merge_plan.describe()) if as_json else show_plan(merge_plan)
+
+    _guard(run, as_json=as_json, debug=debug)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Folder of a checkpoint or of an adapter.")],
+    as_json: _Json = False,
+    debug: _Debug = False,
+) -> None:
+    """Say what a checkpoint or an adapter holds, from its headers alone."""
+
+    def run() -> None:
+        from streammerge.cli.render import show_inspection
+        from streammerge.engine.inspect import inspect_folder
+
+        found = inspect_folder(path)
+        _print_json(found) if as_json else show_inspection(found)
+
+    _guard(run, as_json=as_json, debug=debug)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from importlib.metadata import version as installed
+
+    typer.echo(installed("streammerge"))
+
+
+def main() -> None:
+    """Run the command line."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        code = get_command(app)(standalone_mode=False)
+    except typer.Abort:
+        _end(130)
+    except StreamMergeError as error:
+        typer.echo(f"error: {error}", err=True)
+        _end(error.exit_code)
+    except Exception as error:  # noqa: BLE001 (usage errors of the parser, whatever its version calls them)
+        show = getattr(error, "show", None)
+        if show is None:
+            raise
+        show()
+        _end(int(getattr(error, "exit_code", 2)))
+    _end(code if isinstance(code, int) else 0)
+
+
+def _end(code: int) -> NoReturn:
+    sys.exit(code)
+
+
+def _load(config: str | None, overrides: list[str]) -> ExportConfig:
+    from streammerge.config import load_config
+
+    if config is not None and (config.startswith("--") or "=" in config) and not Path(config).exists():
+        # everything on the command line: `streammerge export --model_name_or_path ...`
+        return load_config(None, [config, *overrides])
+    return load_config(config, overrides)
+
+
+def _guard(run: Callable[[], None], *, as_json: bool, debug: bool) -> None:
+    """Turn an error into one line and the exit code of its family."""
+    try:
+        run()
+    except StreamMergeError as error:
+        if debug:
+            traceback.print_exc()
+        typer.echo(f"error: {error}", err=True)
+        if as_json:
+            _print_json({"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code})
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt:
+        typer.echo("error: interrupted", err=True)
+        raise typer.Exit(130) from None
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))

@@ -1,0 +1,197 @@
+"""What a person sees: the progress bar on stderr, results on stdout."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from streammerge.engine.export import Progress as ExportProgress
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from streammerge.plan.merge_plan import MergePlan
+    from streammerge.report.export_report import ExportReport
+
+__all__ = ["RichProgress", "show_inspection", "show_plan", "show_report"]
+
+
+class RichProgress(ExportProgress):
+    """A bar with bytes, speed and time left; silent where stderr is not a terminal."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("merging"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("merge", total=None)
+
+    def start(self, plan: MergePlan, *, done_bytes: int) -> None:
+        """Show the notes and the bar."""
+        for note in plan.notes:
+            self._console.print(f"note: {note}", style="dim", markup=False, soft_wrap=True)
+        if done_bytes:
+            self._console.print(f"going on after {_size(done_bytes)} of an interrupted run")
+        total = sum(shard.data_bytes for shard in plan.shards)
+        self._bar.update(self._task, total=total, completed=done_bytes)
+        self._bar.start()
+
+    def advance(self, nbytes: int) -> None:
+        """Move the bar."""
+        self._bar.advance(self._task, nbytes)
+
+    def stop(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.stop()
+
+
+def show_report(report: ExportReport) -> None:
+    """Print what an export did."""
+    speed = report.bytes_written / report.seconds / 10**9
+    rows = [
+        ("output", report.output_dir),
+        (
+            "tensors",
+            f"{report.tensors_total}: {report.tensors_changed} changed, {report.tensors_copied} copied "
+            "byte for byte",
+        ),
+        ("adapter tensors", f"{report.adapter_tensors_used}, each used once"),
+        ("read, written", f"{_size(report.bytes_read)}, {_size(report.bytes_written)}"),
+        ("shards", _shards(report)),
+        ("time", f"{report.seconds:.1f} s ({speed:.2f} GB/s)"),
+        (
+            "peak memory",
+            f"{_size(report.peak_rss_bytes)} (at most {_size(report.predicted_peak_bytes)} predicted)",
+        ),
+    ]
+    if report.config_edits:
+        rows.append(("config.json", ", ".join(f"{k}: {v}" for k, v in report.config_edits.items())))
+    if report.hub_url:
+        rows.append(("pushed to", report.hub_url))
+    _print_rows(rows)
+
+
+def show_plan(plan: MergePlan) -> None:
+    """Print what an export would do."""
+    changes = Counter(tensor.change for tensor in plan.tensors)
+    counted = ", ".join(f"{count} {change}" for change, count in changes.most_common())
+    kinds = Counter(_kind(tensor.name) for tensor in plan.targets)
+    targets = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common())
+    rows = [
+        ("base", str(plan.base)),
+        ("adapters", ", ".join(map(str, plan.adapters)) or "none"),
+        ("output", str(plan.output)),
+        ("tensors", f"{len(plan.tensors)}: {counted}"),
+        ("targets", targets or "none"),
+        ("adapter tensors", f"{plan.contents.adapter_tensors_used}, each used once"),
+        ("to read, to write", f"{_size(plan.bytes_read)}, {_size(plan.bytes_written)}"),
+        ("shards", f"{len(plan.shards)}, the largest {_size(max(s.file_bytes for s in plan.shards))}"),
+        (
+            "peak memory",
+            f"{_size(plan.memory.predicted_peak_bytes)} predicted, least {_size(plan.memory.least_bytes)}",
+        ),
+        ("numerics", plan.numerics),
+    ]
+    edits = plan.contents.config_edits
+    if edits:
+        rows.append(("config.json", ", ".join(f"{key}: {value}" for key, value in edits.items())))
+    rows.extend(("note", note) for note in plan.notes)
+    _print_rows(rows)
+
+
+def show_inspection(found: dict[str, Any]) -> None:
+    """Print what a folder holds."""
+    if found["kind"] == "adapter":
+        _print_rows(
+            [
+                ("adapter", found["path"]),
+                ("base model", found["base_model"] or "not named"),
+                ("PEFT", found["peft_version"] or "before 0.18"),
+                ("tensors", f"{found['tensors_total']} in {len(found['modules'])} modules"),
+                ("rank", ", ".join(map(str, found["ranks"])) or "none"),
+                ("scaling", ", ".join(f"{value:g}" for value in found["scalings"]) or "none"),
+                ("variants", _variants(found)),
+            ]
+        )
+        columns = ("module", "rank", "scaling", "delta", "dtype")
+        lines = [
+            (m["name"], m["rank"], f"{m['scaling']:g}", _shape(m["shape"]), m["dtype"])
+            for m in found["modules"]
+        ] + [(r["name"], "-", "-", _shape(r["shape"]), r["dtype"]) for r in found["replacements"]]
+    else:
+        dtypes = ", ".join(f"{name} {_size(size)}" for name, size in found["bytes_by_dtype"].items())
+        _print_rows(
+            [
+                ("checkpoint", found["path"]),
+                ("format", found["format"]),
+                ("model type", found["model_type"] or "not named"),
+                ("quantization", found["quantization"] or "none"),
+                ("tensors", f"{len(found['tensors'])}, {_size(found['bytes'])} ({dtypes})"),
+                ("shards", str(len(found["shards"]))),
+            ]
+        )
+        columns = ("tensor", "dtype", "shape", "size")
+        lines = [(t["name"], t["dtype"], _shape(t["shape"]), _size(t["bytes"])) for t in found["tensors"]]
+    _print_table(columns, lines)
+
+
+def _variants(found: dict[str, Any]) -> str:
+    names = [name for name in ("rslora", "dora") if found[f"use_{name}"]]
+    if found["replacements"]:
+        names.append(f"{len(found['replacements'])} whole tensors")
+    return ", ".join(names) or "none"
+
+
+def _shards(report: ExportReport) -> str:
+    largest = max(shard["bytes"] for shard in report.shards)
+    resumed = f", {report.resumed_shards} from an interrupted run" if report.resumed_shards else ""
+    return f"{len(report.shards)}, the largest {_size(largest)}{resumed}"
+
+
+def _kind(name: str) -> str:
+    """A target's name without its layer: `q_proj`, `lm_head`."""
+    parts = [part for part in name.split(".") if not part.isdigit()]
+    return parts[-2] if parts[-1] == "weight" and len(parts) > 1 else ".".join(parts[-2:])
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+def _size(nbytes: int) -> str:
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if nbytes >= factor:
+            return f"{nbytes / factor:.2f} {unit}" if unit == "GB" else f"{nbytes / factor:.0f} {unit}"
+    return f"{nbytes} B"
+
+
+def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        console.print(f"{name:<{width}}  {value}", markup=False)
+
+
+def _print_table(columns: Sequence[str], lines: Sequence[tuple[object, ...]]) -> None:
+    console = Console(highlight=False)
+    table = Table(*columns, box=None, pad_edge=False)
+    for line in lines:
+        table.add_row(*map(str, line))
+    console.print(table, width=None if console.is_terminal else 160)

@@ -1,0 +1,149 @@
+"""The export configuration: every key that changes an export, with its default and its checks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from streammerge.config.sizes import parse_bytes
+
+__all__ = ["ExportConfig"]
+
+
+def _split_commas(value: object) -> object:
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _shard_size(value: object) -> object:
+    return "keep" if value == "keep" else parse_bytes(value, number_unit=10**9)
+
+
+def _weights(value: object) -> object:
+    if isinstance(value, str):
+        return tuple(float(part) for part in value.split(","))
+    return tuple(value) if isinstance(value, list) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
+
+
+class ExportConfig(BaseModel):
+    """A validated export configuration. Sizes are in bytes.
+
+    Keys and defaults are LLaMA-Factory's, up to `infer_dtype`; the ones after it are this project's.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+    model_name_or_path: str
+    """The base: a folder, or a hub id."""
+    export_dir: Path = Field(strict=False)
+    """Folder of the merged checkpoint; it appears there only when it is complete."""
+    adapter_name_or_path: Names = ()
+    """Adapters in the order in which they are merged: folders or hub ids."""
+    adapter_folder: str | None = None
+    """Subfolder of each adapter that holds its files."""
+    template: str | None = None
+    """Accepted; the base's own tokenizer and chat template are kept, which is what it describes."""
+    finetuning_type: Literal["lora", "oft", "freeze", "full"] = "lora"
+    stage: Literal["pt", "sft", "rm", "ppo", "dpo", "kto"] = "sft"
+    """`rm` carries the value head of a reward model over."""
+    export_size: Annotated[int | Literal["keep"], BeforeValidator(_shard_size)] = 5 * 10**9
+    """Most bytes of a shard, or `keep` for the base's own shards."""
+    export_device: Literal["cpu", "auto", "cuda"] = "cpu"
+    export_legacy_format: bool = False
+    """Write `pytorch_model*.bin` instead of safetensors."""
+    export_quantization_bit: Literal[2, 3, 4, 8] | None = None
+    export_quantization_dataset: str | None = None
+    export_quantization_nsamples: Annotated[int, Field(gt=0)] = 128
+    export_quantization_maxlen: Annotated[int, Field(gt=0)] = 1024
+    export_hub_model_id: str | None = None
+    """Hub repository to push the finished checkpoint to."""
+    model_revision: str = "main"
+    """Revision of the base on the hub; adapters are taken at their default revision."""
+    cache_dir: Path | None = Field(default=None, strict=False)
+    hf_hub_token: str | None = Field(default=None, repr=False)
+    quantization_bit: int | None = None
+    use_kv_cache: bool = True
+    resize_vocab: bool = False
+    add_tokens: Names = ()
+    add_special_tokens: Names = ()
+    new_special_tokens_config: str | None = None
+    infer_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    """Dtype of every floating-point tensor of the output; `auto` keeps the base's, tensor by tensor."""
+
+    max_memory: Annotated[int, BeforeValidator(parse_bytes)] = 2 * 10**9
+    """Ceiling on the resident memory of the whole process."""
+    numerics: Literal["peft", "fp32"] = "peft"
+    """`peft`: the bits of PEFT's merge_and_unload on a CPU. `fp32`: one rounding per tensor."""
+    adapter_weights: Annotated[tuple[float, ...], BeforeValidator(_weights)] = ()
+    """One factor per adapter: merge their weighted sum instead of one after the other."""
+    overwrite: bool = False
+    """Replace a non-empty `export_dir`."""
+    threads: Annotated[int, Field(gt=0)] = Field(default_factory=lambda: os.cpu_count() or 1)
+    """Threads of the arithmetic."""
+    io: Literal["auto", "buffered", "mmap"] = "auto"
+    """How weight files are read."""
+    allow_nonfinite: bool = False
+    """Let NaN and Inf in a merged tensor pass."""
+    ignore_files: Names = ()
+    """Name patterns of stray weight files in the base that may be ignored."""
+    notes: tuple[str, ...] = Field(default=(), exclude=True)
+    """What was accepted without effect."""
+
+    @property
+    def max_shard_bytes(self) -> int | None:
+        """Most bytes of a shard; None for the base's own shards."""
+        return None if self.export_size == "keep" else self.export_size
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> ExportConfig:
+        for message in _forbidden(self):
+            raise ValueError(message)
+        return self
+
+
+def _forbidden(config: ExportConfig) -> list[str]:
+    """Say which combinations of keys make no sense together."""
+    faults = []
+    adapters = config.adapter_name_or_path
+    if adapters and config.finetuning_type != "lora":
+        faults.append(
+            f"adapter_name_or_path needs finetuning_type: lora, not {config.finetuning_type}; "
+            "leave the adapter out to export a fully fine-tuned model"
+        )
+    if config.quantization_bit is not None:
+        if adapters:
+            faults.append(
+                "quantization_bit cannot be used with an adapter: a merge adds to the weights, and a "
+                "quantized base has codes instead of weights, so merging needs the unquantized base; "
+                "remove quantization_bit (QLoRA adapters too are merged onto the 16-bit base)"
+            )
+        else:
+            faults.append("quantization_bit: on-the-fly quantization is not exported; remove it")
+    if config.export_quantization_bit is not None and not config.export_quantization_dataset:
+        faults.append("export_quantization_bit needs export_quantization_dataset")
+    if config.adapter_weights and len(config.adapter_weights) != len(adapters):
+        faults.append(
+            f"adapter_weights has {len(config.adapter_weights)} numbers for {len(adapters)} adapters"
+        )
+    if config.infer_dtype != "auto" and config.export_size == "keep":
+        faults.append("export_size: keep cannot be used with infer_dtype: the tensors change their size")
+    return faults
+
+
+def field_names() -> frozenset[str]:
+    """The keys that a user may set."""
+    return frozenset(ExportConfig.model_fields) - {"notes"}
+
+
+def to_plain(config: ExportConfig) -> dict[str, Any]:
+    """The configuration as JSON types, without the token."""
+    return config.model_dump(mode="json", exclude={"notes", "hf_hub_token"})

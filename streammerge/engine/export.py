@@ -1,0 +1,255 @@
+"""An export from beginning to end."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streammerge.backends.select import select_backend
+from streammerge.checkpoint.header import read_header
+from streammerge.checkpoint.hub import push_folder
+from streammerge.checkpoint.sidecars import write_durably, write_sidecars
+from streammerge.checkpoint.torch_bin import read_torch_bin
+from streammerge.checkpoint.writer import SafetensorsWriter, TorchBinWriter
+from streammerge.config import ExportConfig, load_config, parse_config
+from streammerge.engine.pipeline import Pipeline
+from streammerge.engine.prepare import prepare
+from streammerge.engine.staging import Staging, check_output, fingerprint
+from streammerge.errors import (
+    DiskSpaceError,
+    InterruptedRunError,
+    StreamMergeError,
+    VerificationError,
+)
+from streammerge.plan.layout import encode_index
+from streammerge.plan.memory import plan_memory
+from streammerge.report.export_report import ExportReport, peak_rss_bytes, rss_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from streammerge.checkpoint.writer import ShardWriter
+    from streammerge.plan.layout import ShardPlan
+    from streammerge.plan.merge_plan import MergePlan
+
+__all__ = ["Progress", "build_plan", "export"]
+
+# sidecars, the index and the file system's own records
+SPARE_DISK_BYTES = 64 * 10**6
+
+
+class Progress:
+    """Told how an export goes; this one says nothing."""
+
+    def start(self, plan: MergePlan, *, done_bytes: int) -> None:
+        """Begin to write; `done_bytes` were written by an interrupted run."""
+
+    def advance(self, nbytes: int) -> None:
+        """Count bytes written; called from another thread."""
+
+    def stop(self) -> None:
+        """End, whether it went well or not."""
+
+
+
+def build_plan(config: ExportConfig | Mapping[str, Any] | str | Path) -> MergePlan:
+    """Plan an export without reading a weight or writing a byte. Does not import torch.
+
+    Args:
+        config: A configuration, a map of its keys, or the path of a YAML or JSON file.
+
+    Raises:
+        StreamMergeError: The export cannot be done; the message says why.
+    """
+    settings = _to_config(config)
+    plan = prepare(settings, local_only=True)
+    check_output(
+        plan.output, inputs=_inputs(plan), overwrite=settings.overwrite
+    )
+    return plan
+
+
+def export(
+    config: ExportConfig | Mapping[str, Any] | str | Path, *, progress: Progress | None = None
+) -> ExportReport:
+    """Merge adapters into a base and write the result.
+
+    Args:
+        config: A configuration, a map of its keys, or the path of a YAML or JSON file.
+        progress: Told how it goes.
+
+    Raises:
+        StreamMergeError: The export was not done; nothing appears under `export_dir`.
+    """
+    started = time.perf_counter()
+    settings = _to_config(config)
+    # open, match, lay out: every fault of the inputs shows here, before torch and before any write
+    plan = prepare(settings)
+    check_output(plan.output, inputs=_inputs(plan), overwrite=settings.overwrite)
+    _check_disk(plan)
+    backend = select_backend(
+        numerics=plan.numerics, threads=settings.threads, scratch_bytes=plan.memory.scratch_bytes
+    )
+    # torch is loaded now: fit the buffers to what it really takes on this machine
+    memory = plan_memory(plan.tensors, max_memory=settings.max_memory, baseline=rss_bytes())
+    staging = Staging(plan.output)
+    staging.open(fingerprint(plan))
+    try:
+        run = _Run(plan, staging, progress or Progress(), resumed=len(staging.finished))
+        pipeline = Pipeline(
+            memory=memory,
+            backend=backend,
+            io_mode=settings.io,
+            open_writer=run.open_writer,
+            on_written=run.progress.advance,
+            on_shard=run.on_shard,
+            allow_nonfinite=settings.allow_nonfinite,
+        )
+        run.write_shards(pipeline)
+        run.write_rest()
+        run.verify()
+        staging.publish()
+    except KeyboardInterrupt:
+        staging.release()
+        raise InterruptedRunError(
+            "interrupted",
+            where=staging.folder,
+            hint="run the same command again to go on from the shards that are finished",
+        ) from None
+    except (DiskSpaceError, InterruptedRunError):
+        staging.release()
+        raise
+    except BaseException:
+        staging.discard()
+        raise
+    url = None
+    if settings.export_hub_model_id:
+        url = push_folder(
+            plan.output, repo_id=settings.export_hub_model_id, token=settings.hf_hub_token
+        )
+    seconds = pipeline.seconds
+    return ExportReport(
+        output_dir=str(plan.output),
+        tensors_total=len(plan.tensors),
+        tensors_changed=len(plan.targets),
+        tensors_copied=len(plan.tensors) - len(plan.targets),
+        adapter_tensors_used=plan.contents.adapter_tensors_used,
+        bytes_read=plan.bytes_read,
+        bytes_written=sum(run.sizes.values()),
+        seconds=time.perf_counter() - started,
+        read_seconds=seconds.read,
+        compute_seconds=seconds.compute,
+        write_seconds=seconds.write,
+        predicted_peak_bytes=memory.predicted_peak_bytes,
+        peak_rss_bytes=peak_rss_bytes(),
+        shards=[{"name": s.name, "bytes": run.sizes[s.name]} for s in plan.shards],
+        resumed_shards=run.resumed,
+        config_edits=plan.contents.config_edits,
+        not_copied=list(plan.sidecars.left_out),
+        notes=list(plan.notes),
+        hub_url=url,
+    )
+
+
+@dataclass
+class _Run:
+    """What one export writes into its staging folder."""
+
+    plan: MergePlan
+    staging: Staging
+    progress: Progress
+    resumed: int
+
+    def __post_init__(self) -> None:
+        self.sizes = dict(self.staging.finished)
+
+    def open_writer(self, shard: ShardPlan) -> ShardWriter:
+        path = self.staging.folder / shard.name
+        if self.plan.layout == "torch_bin":
+            return TorchBinWriter(path, specs=[placed.tensor.spec for placed in shard.tensors])
+        return SafetensorsWriter(path, head=shard.head)
+
+    def on_shard(self, shard: ShardPlan, nbytes: int) -> None:
+        self.staging.record(shard.name, nbytes)
+        self.sizes[shard.name] = nbytes
+
+    def write_shards(self, pipeline: Pipeline) -> None:
+        todo = [shard for shard in self.plan.shards if shard.name not in self.sizes]
+        done = sum(shard.data_bytes for shard in self.plan.shards if shard.name in self.sizes)
+        self.progress.start(self.plan, done_bytes=done)
+        try:
+            pipeline.run(todo)
+        finally:
+            self.progress.stop()
+
+    def write_rest(self) -> None:
+        """Write what goes beside the shards."""
+        folder, plan = self.staging.folder, self.plan
+        if len(plan.shards) > 1:
+            name = "model.safetensors" if plan.layout == "safetensors" else "pytorch_model.bin"
+            write_durably(folder / f"{name}.index.json", encode_index(plan.shards))
+        write_sidecars(
+            folder,
+            plan.sidecars,
+            config_source=plan.base / "config.json",
+            config_edits=plan.contents.config_edits,
+            config=plan.base_config,
+        )
+
+    def verify(self) -> None:
+        """Read the headers back and compare them with the plan.
+
+        Raises:
+            VerificationError: A shard is not what was planned.
+        """
+        for shard in self.plan.shards:
+            path = self.staging.folder / shard.name
+            try:
+                stored = (
+                    read_header(path)[0] if self.plan.layout == "safetensors" else read_torch_bin(path)
+                )
+            except StreamMergeError as error:
+                raise VerificationError("written shard is damaged", where=path, got=error) from error
+            got = {(tensor.name, tensor.dtype, tensor.shape) for tensor in stored}
+            wanted = {(p.tensor.name, p.tensor.dtype, p.tensor.shape) for p in shard.tensors}
+            if got != wanted:
+                raise VerificationError(
+                    "written shard does not hold the planned tensors",
+                    where=path,
+                    expected=f"{len(wanted)} tensors",
+                    got=f"{len(got)}, {len(got ^ wanted)} of them differ",
+                )
+
+
+def _to_config(config: ExportConfig | Mapping[str, Any] | str | Path) -> ExportConfig:
+    if isinstance(config, ExportConfig):
+        return config
+    return load_config(config) if isinstance(config, (str, Path)) else parse_config(config)
+
+
+def _inputs(plan: MergePlan) -> list[Path]:
+    return [path.resolve() for path in (plan.base, *plan.adapters)]
+
+
+def _check_disk(plan: MergePlan) -> None:
+    """Refuse a run that the disk cannot take, an interrupted run's finished shards considered."""
+    place = plan.output.parent
+    while not place.exists():
+        place = place.parent
+    staged = Staging(plan.output).folder
+    held = sum(f.stat().st_size for f in staged.iterdir() if f.is_file()) if staged.is_dir() else 0
+    free = shutil.disk_usage(place).free + held
+    needed = plan.bytes_written + SPARE_DISK_BYTES
+    if free < needed:
+        raise DiskSpaceError(
+            "not enough free disk space for the output",
+            where=place,
+            expected=f"{needed / 10**9:.2f} GB free",
+            got=f"{free / 10**9:.2f} GB",
+            hint="free some space, or set export_dir on another disk",
+        )
+
+

@@ -1,0 +1,68 @@
+"""Ask transformers, if it is installed, under which names it holds a checkpoint's tensors in memory.
+
+Adapters carry in-memory names, checkpoints carry the names of the hub, and transformers 5 renames
+between them at load time for some families. The question is put to a process of its own: it builds the
+model's skeleton on the meta device from config.json alone, and its memory is gone with it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+__all__ = ["transformers_renames"]
+
+TIMEOUT_SECONDS = 300
+_PROGRAM = """
+import json, logging, sys
+import torch, transformers
+from transformers import AutoConfig, conversion_mapping, core_model_loading as loading
+logging.disable(logging.CRITICAL)
+config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=False)
+known = [getattr(transformers, name, None) for name in config.architectures or []]
+with torch.device("meta"):
+    model = known[0](config) if known and known[0] else transformers.AutoModel.from_config(config)
+steps = conversion_mapping.get_model_conversion_mapping(model)
+renamings = [step for step in steps if isinstance(step, loading.WeightRenaming)]
+converters = [step for step in steps if isinstance(step, loading.WeightConverter)]
+state, names = model.state_dict(), {}
+for name in json.load(sys.stdin):
+    renamed, fused = loading.rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+    if fused is None and renamed != name:
+        names[renamed] = name
+print(json.dumps(names))
+"""
+
+
+def transformers_renames(folder: Path, names: Iterable[str]) -> tuple[dict[str, str], str | None]:
+    """Map in-memory names to checkpoint names.
+
+    Args:
+        folder: The base checkpoint, for its config.json.
+        names: The checkpoint's tensor names.
+
+    Returns:
+        The names that differ, and a note if transformers could not be asked.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        return {}, "transformers is not installed: its renames of layers are not known"
+    try:
+        answer = subprocess.run(  # noqa: S603 (our own interpreter and program)
+            [sys.executable, "-c", _PROGRAM, str(folder)],
+            input=json.dumps(list(names)),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+            check=True,
+        )
+        return dict(json.loads(answer.stdout.splitlines()[-1])), None
+    except (subprocess.SubprocessError, ValueError, IndexError) as error:
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        return {}, f"transformers could not name the layers ({lines[-1] if lines else error})"

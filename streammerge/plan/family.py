@@ -1,0 +1,83 @@
+"""What differs between model families and cannot be read off a checkpoint's header, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+__all__ = ["Embeddings", "find_embeddings", "is_conv1d", "is_declared_tied"]
+
+# the model types whose projections are transformers' Conv1D, stored (in_features, out_features), and
+# the names of those projections; every other layer of theirs is an ordinary Linear
+_CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+_CONV1D_LAYERS = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+
+# module names of the input embedding, and of the output head that may share its tensor
+_INPUT_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
+_OUTPUT_HEADS = ("lm_head", "embed_out", "output_layer")
+# towers that bring embeddings of their own; the language model's are meant
+_OTHER_TOWERS = ("vision", "visual", "audio", "encoder.", "talker", "mtp.", "speech")
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """The input embedding and the output head of the language model, by tensor name."""
+
+    input: str | None
+    output: str
+    """Name that the head has, or would have if it were stored."""
+    is_tied: bool
+    """Whether the base has one tensor for both."""
+
+
+def is_conv1d(module: str, *, config: Mapping[str, Any]) -> bool:
+    """Whether a module is a Conv1D, so that its weight is stored transposed."""
+    return (
+        config.get("model_type") in _CONV1D_MODEL_TYPES
+        and module.rpartition(".")[2] in _CONV1D_LAYERS
+    )
+
+
+def is_declared_tied(config: Mapping[str, Any]) -> bool | None:
+    """What config.json says of tied embeddings; None if it says nothing."""
+    for section in (config, config.get("text_config") or {}):
+        value = section.get("tie_word_embeddings")
+        if value is not None:
+            return bool(value)
+    return None
+
+
+def find_embeddings(names: Collection[str], *, config: Mapping[str, Any]) -> Embeddings:
+    """Find the input embedding and the output head among a base's tensors.
+
+    Without a word in config.json, a model that stores no head of its own is tied: transformers leaves
+    the key out where it equals the family's default.
+    """
+    source = _find(names, _INPUT_EMBEDDINGS)
+    head = _find(names, _OUTPUT_HEADS)
+    declared = is_declared_tied(config)
+    is_tied = source is not None and (declared is True or (declared is None and head is None))
+    return Embeddings(source, head or _head_name(source), is_tied)
+
+
+def _find(names: Collection[str], modules: tuple[str, ...]) -> str | None:
+    for module in modules:
+        found = [
+            name
+            for name in names
+            if f".{name}".endswith(f".{module}.weight")
+            and not any(tower in name for tower in _OTHER_TOWERS)
+        ]
+        if found:
+            return min(found, key=lambda name: (name.count("."), name))
+    return None
+
+
+def _head_name(embedding: str | None) -> str:
+    # nested language models keep their head inside: language_model.model.embed_tokens -> language_model.lm_head
+    if embedding is not None and embedding.startswith("language_model.model."):
+        return "language_model.lm_head.weight"
+    return "lm_head.weight"

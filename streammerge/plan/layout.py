@@ -1,0 +1,123 @@
+"""Divide the output into shards: names, offsets and header bytes, fixed before anything is written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from streammerge.checkpoint.header import encode_header
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from streammerge.plan.ops import TensorPlan
+
+__all__ = ["PlacedTensor", "ShardPlan", "encode_index", "lay_out"]
+
+Layout = Literal["safetensors", "torch_bin"]
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedTensor:
+    """A tensor and its place in its shard."""
+
+    tensor: TensorPlan
+    offset: int
+    """In the file for safetensors; through the tensors' data alone for `.bin` files."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """One output file."""
+
+    name: str
+    tensors: tuple[PlacedTensor, ...]
+    head: bytes
+    """What goes before the data; empty for `.bin` files, whose writer makes it."""
+    data_bytes: int
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the file; without the archive's own few bytes for `.bin` files."""
+        return len(self.head) + self.data_bytes
+
+
+def lay_out(
+    tensors: Sequence[TensorPlan], *, max_shard_bytes: int | None, layout: Layout
+) -> tuple[ShardPlan, ...]:
+    """Divide tensors into shards, in their order.
+
+    Args:
+        tensors: Every output tensor.
+        max_shard_bytes: Most bytes of tensors in a shard; a larger tensor gets a shard of its own.
+            None keeps the base's own division: a new shard where the source file changes.
+        layout: The format of the files.
+    """
+    groups = _keep(tensors) if max_shard_bytes is None else _fill(tensors, max_shard_bytes)
+    return tuple(
+        _place(group, name=_shard_name(number, len(groups), layout), layout=layout)
+        for number, group in enumerate(groups, start=1)
+    )
+
+
+def encode_index(shards: Sequence[ShardPlan]) -> str:
+    """The index file's text; `total_size` counts bytes of tensors."""
+    index = {
+        "metadata": {"total_size": sum(shard.data_bytes for shard in shards)},
+        "weight_map": {
+            placed.tensor.name: shard.name for shard in shards for placed in shard.tensors
+        },
+    }
+    return json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+
+
+def _fill(tensors: Sequence[TensorPlan], max_shard_bytes: int) -> list[list[TensorPlan]]:
+    groups: list[list[TensorPlan]] = []
+    filled = 0
+    for tensor in tensors:
+        if not groups or filled + tensor.nbytes > max_shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(tensor)
+        filled += tensor.nbytes
+    return groups
+
+
+def _keep(tensors: Sequence[TensorPlan]) -> list[list[TensorPlan]]:
+    groups: list[list[TensorPlan]] = []
+    current: Path | None = None
+    for tensor in tensors:
+        # a replaced tensor stays with its neighbours: only a change of base shard begins a new one
+        home = current if tensor.change in {"replaced", "added"} else tensor.source.path
+        if not groups or (home != current and current is not None):
+            groups.append([])
+        current = home
+        groups[-1].append(tensor)
+    return groups
+
+
+def _place(group: list[TensorPlan], *, name: str, layout: Layout) -> ShardPlan:
+    position = 0
+    is_misaligned = False
+    for tensor in group:
+        is_misaligned |= bool(position % tensor.dtype.item_bytes)
+        position += tensor.nbytes
+    if is_misaligned:
+        # the format has no padding: wider items first keeps every tensor on its own boundary
+        group = sorted(group, key=lambda tensor: -tensor.dtype.item_bytes)
+    if layout == "torch_bin":
+        head, offsets, at = b"", [], 0
+        for tensor in group:
+            offsets.append(at)
+            at += tensor.nbytes
+    else:
+        head, offsets = encode_header([tensor.spec for tensor in group])
+    placed = tuple(PlacedTensor(*pair) for pair in zip(group, offsets, strict=True))
+    return ShardPlan(name, placed, head, position)
+
+
+def _shard_name(number: int, count: int, layout: Layout) -> str:
+    stem, suffix = ("model", "safetensors") if layout == "safetensors" else ("pytorch_model", "bin")
+    return f"{stem}.{suffix}" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.{suffix}"

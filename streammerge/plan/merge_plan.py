@@ -1,0 +1,96 @@
+"""The whole plan of an export: everything that will happen, known before anything does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from streammerge.plan.ops import ApplyTerms
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from streammerge.checkpoint.sidecars import Sidecars
+    from streammerge.plan.build import TensorPlans
+    from streammerge.plan.layout import ShardPlan
+    from streammerge.plan.memory import MemoryPlan
+    from streammerge.plan.ops import Numerics, TensorPlan
+
+__all__ = ["MergePlan"]
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """Every output byte's origin, and what the run will cost."""
+
+    base: Path
+    adapters: tuple[Path, ...]
+    output: Path
+    layout: Literal["safetensors", "torch_bin"]
+    numerics: Numerics
+    contents: TensorPlans
+    shards: tuple[ShardPlan, ...]
+    sidecars: Sidecars
+    memory: MemoryPlan
+    base_config: dict[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def tensors(self) -> tuple[TensorPlan, ...]:
+        """Every output tensor."""
+        return self.contents.tensors
+
+    @property
+    def targets(self) -> tuple[TensorPlan, ...]:
+        """The tensors that do not pass through unchanged."""
+        return tuple(tensor for tensor in self.tensors if tensor.change != "copied")
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weights that the run reads, adapters included."""
+        factors = sum(f.nbytes for t in self.tensors for term in t.terms for f in term.factors)
+        return factors + sum(tensor.source.nbytes for tensor in self.tensors)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of the output shards."""
+        return sum(shard.file_bytes for shard in self.shards)
+
+    def describe(self) -> dict[str, Any]:
+        """Give the plan as JSON types."""
+        return {
+            "base": str(self.base),
+            "adapters": [str(path) for path in self.adapters],
+            "output_dir": str(self.output),
+            "format": self.layout,
+            "numerics": self.numerics,
+            "tensors_total": len(self.tensors),
+            "tensors_changed": len(self.targets),
+            "tensors_copied": len(self.tensors) - len(self.targets),
+            "adapter_tensors_used": self.contents.adapter_tensors_used,
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "predicted_peak_bytes": self.memory.predicted_peak_bytes,
+            "least_memory_bytes": self.memory.least_bytes,
+            "shards": [
+                {"name": s.name, "bytes": s.file_bytes, "tensors": len(s.tensors)} for s in self.shards
+            ],
+            "targets": [_describe_target(tensor) for tensor in self.targets],
+            "names": self.contents.matches,
+            "config_edits": self.contents.config_edits,
+            "sidecars": [sidecar.name for sidecar in self.sidecars.files],
+            "not_copied": list(self.sidecars.left_out),
+            "notes": list(self.notes),
+        }
+
+
+def _describe_target(tensor: TensorPlan) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "name": tensor.name,
+        "change": tensor.change,
+        "dtype": tensor.dtype.value,
+        "shape": list(tensor.shape),
+    }
+    if isinstance(tensor.op, ApplyTerms) and tensor.terms:
+        described["scalings"] = [term.scaling for term in tensor.terms]
+    return described
