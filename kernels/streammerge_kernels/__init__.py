@@ -1,7 +1,7 @@
 """Kernels of the merge, one operation to a file, and the reference that all of them are held to.
 
-`reference` needs torch alone. Kernels need triton, which comes with the extra `gpu`, so nothing here
-imports one: name the module that is wanted.
+`reference` needs torch alone. Kernels need triton, which comes with the extra `gpu`, so nothing
+here imports one: name the module that is wanted.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ Shapes: N out_features, K in_features, R rank. Every operation converts its inpu
 exact, does its arithmetic there, and rounds to `out_dtype` once, to nearest, ties to even. It is
 neither fast nor frugal. Inputs keep their values; the result is a new tensor on the same device.
 
-On its way from F64 to F16 or BF16 torch passes through F32 and rounds twice. `round_once` rounds to
-odd there, which leaves the second rounding the only one that counts (Boldo and Melquiond, "Emulation
-of a FMA and correctly rounded sums", 2008).
+On its way from F64 to F16 or BF16 torch passes through F32 and rounds twice. `round_once` rounds
+to odd there, which leaves the second rounding the only one that counts (Boldo and Melquiond,
+"Emulation of a FMA and correctly rounded sums", 2008).
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ Term = tuple[torch.Tensor, torch.Tensor, float]
 """A, B and the scaling of one adapter: (R, K), (N, R), and a factor."""
 
 
-def lora_merge(
-    weight: torch.Tensor, terms: Sequence[Term], out_dtype: torch.dtype
-) -> torch.Tensor:
+def lora_merge(weight: torch.Tensor, terms: Sequence[Term], out_dtype: torch.dtype) -> torch.Tensor:
     """Add LoRA deltas to a weight: `round_once(W + sum(scaling * B @ A))`.
 
     Args:
@@ -63,10 +61,10 @@ def dora_row_norm(
     Raises:
         ValueError: A shape does not fit.
     """
-    return torch.linalg.vector_norm(weight.double() + _delta(weight, a, b, scaling), dim=1)
+    return _row_norm(weight.double() + _delta(weight, a, b, scaling))
 
 
-def dora_merge(  # noqa: PLR0913 (the operands of the equation)
+def dora_merge(
     weight: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
@@ -74,7 +72,7 @@ def dora_merge(  # noqa: PLR0913 (the operands of the equation)
     scaling: float,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Merge one DoRA adapter: with `V = W + scaling * B @ A`, `round_once(m / ||V||_2 * V)` by rows.
+    """Merge a DoRA adapter: with `V = W + scaling * B @ A`, `round_once(m / ||V||_2 * V)` by rows.
 
     No term is added to the norm, as in PEFT: a row of zeros gives NaN. Source of the formula:
     Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, equation 5.
@@ -97,8 +95,8 @@ def dora_merge(  # noqa: PLR0913 (the operands of the equation)
         msg = f"magnitude is {tuple(magnitude.shape)}, weight {tuple(weight.shape)}"
         raise ValueError(msg)
     adapted = weight.double() + _delta(weight, a, b, scaling)
-    norm = torch.linalg.vector_norm(adapted, dim=1)
-    return round_once((magnitude.double() / norm).unsqueeze(1) * adapted, out_dtype)
+    rows = magnitude.double() / _row_norm(adapted)
+    return round_once(rows.unsqueeze(1) * adapted, out_dtype)
 
 
 def round_once(values: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
@@ -124,9 +122,7 @@ def round_once(values: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     return odd.view(torch.float32).to(out_dtype)
 
 
-def _delta(
-    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
-) -> torch.Tensor:
+def _delta(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
     """Return `scaling * B @ A`, (N, K) in fp64."""
     fits = weight.ndim == a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1]
     if not fits or weight.shape != (b.shape[0], a.shape[1]):
@@ -136,3 +132,8 @@ def _delta(
         )
         raise ValueError(msg)
     return scaling * (b.double() @ a.double())
+
+
+def _row_norm(adapted: torch.Tensor) -> torch.Tensor:
+    norm: torch.Tensor = torch.linalg.vector_norm(adapted, dim=1)
+    return norm

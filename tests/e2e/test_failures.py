@@ -1,0 +1,208 @@
+"""Every failure is one line, has its exit code, and leaves nothing under export_dir."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Run = Any
+
+
+def shard(case: Any, number: int = 1) -> Any:
+    return case.base / f"model-{number:05d}-of-00002.safetensors"
+
+
+def edit_header(path: Any, edit: Callable[[dict[str, Any]], None]) -> None:
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    edit(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+
+
+def unknown_key(case: Any) -> None:
+    case.factors["base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"] = np.ones(
+        (4, 32), np.float32
+    )
+    case.factors["base_model.model.model.layers.9.self_attn.q_proj.lora_B.weight"] = np.ones(
+        (32, 4), np.float32
+    )
+    case.write_adapter()
+
+
+def other_base(case: Any) -> None:
+    for key in list(case.factors):
+        if key.endswith("lora_A.weight"):
+            case.factors[key] = np.ones((4, 48), np.float32)
+    case.write_adapter()
+
+
+def truncated(case: Any) -> None:
+    path = shard(case)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def lying_offsets(case: Any) -> None:
+    def edit(header: dict[str, Any]) -> None:
+        header["model.embed_tokens.weight"]["data_offsets"][0] += 4
+
+    edit_header(shard(case), edit)
+
+
+def escaping_index(case: Any) -> None:
+    path = case.base / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.embed_tokens.weight"] = "../../etc/passwd"
+    case.write_json(path, index)
+
+
+def missing_shard(case: Any) -> None:
+    shard(case, 2).unlink()
+
+
+def not_finite(case: Any) -> None:
+    key = next(key for key in case.factors if key.endswith("lora_B.weight"))
+    case.factors[key][3, 1] = np.nan
+    case.write_adapter()
+
+
+def stray(case: Any) -> None:
+    (case.base / "model-old.safetensors").write_bytes(shard(case).read_bytes())
+
+
+def quantized(case: Any) -> None:
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "awq"}}
+    case.write_json(case.base / "config.json", config)
+
+
+def other_tuner(case: Any) -> None:
+    case.write_json(case.adapter / "adapter_config.json", {"peft_type": "LOHA", "r": 4})
+
+
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (unknown_key, "model.layers.9.self_attn.q_proj"),
+        (other_base, "another base?"),
+        (truncated, "truncated"),
+        (lying_offsets, "lies about offsets"),
+        (escaping_index, "outside its folder"),
+        (missing_shard, "shard is missing"),
+        (not_finite, "NaN or Inf"),
+        (stray, "stray weight file"),
+        (quantized, "awq"),
+        (other_tuner, "LOHA"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_bad_input_is_one_line_and_exit_3(
+    break_it: Callable[[Any], None], said: str, case: Any, run_cli: Run
+) -> None:
+    break_it(case)
+    code, out, err = run_cli("export", case.config)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 3
+    assert out == ""
+    assert len(errors) == 1
+    assert said in errors[0]
+    assert "Traceback" not in err
+    assert case.left_behind() == []
+
+
+def test_nan_passes_when_asked(case: Any, run_cli: Run) -> None:
+    not_finite(case)
+    code, _, _ = run_cli("export", case.config, "allow_nonfinite=true")
+    assert code == 0
+    assert case.left_behind() == ["merged"]
+
+
+def test_budget_too_small_names_the_least_that_works(case: Any, run_cli: Run) -> None:
+    code, _, err = run_cli("export", case.config, "max_memory=50MB")
+    assert code == 4
+    assert case.left_behind() == []
+    least = err.split("at least ")[1].split(";")[0]
+    code, out, _ = run_cli("export", case.config, f"max_memory={int(least[:-2]) + 40}MB", "--json")
+    assert code == 0
+    assert json.loads(out)["peak_rss_bytes"] <= (int(least[:-2]) + 40) * 10**6
+
+
+def test_no_space_is_exit_4(case: Any, run_cli: Run) -> None:
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+
+    code, _, err = run_cli("export", case.config, preexec_fn=limit)
+    assert code == 4
+    assert "no space" in err
+    assert not case.output.exists()
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_and_a_rerun_goes_on(
+    kind: signal.Signals, case: Any, run_cli: Run, tmp_path: Any
+) -> None:
+    # a writer that waits after its first shard, so that the signal comes in the middle
+    program = tmp_path / "slow.py"
+    program.write_text(
+        "import sys, time\n"
+        "from streammerge.engine import export\n"
+        "real = export._Run.on_shard\n"
+        "def slow(self, shard, nbytes):\n"
+        "    real(self, shard, nbytes)\n"
+        "    print('shard', flush=True)\n"
+        "    time.sleep(3)\n"
+        "export._Run.on_shard = slow\n"
+        "from streammerge.cli.app import main\n"
+        "sys.argv[0] = 'streammerge'\n"
+        "main()\n"
+    )
+    command = [sys.executable, str(program), "export", str(case.config), "export_size=0.000009"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().strip() == "shard"
+        time.sleep(0.2)
+        process.send_signal(kind)
+        err = process.stderr.read()
+        assert process.wait(timeout=60) == 130
+    assert "interrupted" in err
+    assert not case.output.exists()
+    code, out, _ = run_cli("export", case.config, "export_size=0.000009", "--json")
+    assert code == 0
+    assert json.loads(out)["resumed_shards"] >= 1
+    fresh = case.output.with_name("fresh")
+    run_cli("export", case.config, "export_size=0.000009", f"export_dir={fresh}")
+    for path in fresh.iterdir():
+        assert (case.output / path.name).read_bytes() == path.read_bytes()
+
+
+def test_output_is_never_an_input_or_taken(case: Any, run_cli: Run) -> None:
+    for folder in (case.base, case.base / "below", case.base.parent):
+        code, _, err = run_cli("export", case.config, f"export_dir={folder}", "overwrite=true")
+        assert code == 2
+        assert "share a folder" in err
+    case.output.mkdir(parents=True)
+    (case.output / "mine.txt").write_text("keep")
+    code, _, err = run_cli("export", case.config)
+    assert code == 2
+    assert "not empty" in err
+    assert (case.output / "mine.txt").read_text() == "keep"
+    assert run_cli("export", case.config, "--overwrite")[0] == 0
+    assert not (case.output / "mine.txt").exists()
+    assert case.left_behind() == ["merged"]
