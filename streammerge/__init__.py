@@ -61,7 +61,8 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-# imported on first use, so that the command line answers --help before pydantic and numpy are loaded
+# imported on first use, so that the command line answers --help before pydantic and numpy are
+# loaded
 _HOMES = {
     "ExportConfig": "streammerge.config",
     "ExportReport": "streammerge.report.export_report",

@@ -15,40 +15,40 @@ DtypeKind = Literal["float", "int", "bool", "complex", "scale"]
 
 
 class Dtype(Enum):
-    """One stored element type: its name in a header, its width in bits, and what it holds."""
+    """One stored element type; the value is its name in a header."""
 
-    BOOL = ("BOOL", 8, "bool")
-    U8 = ("U8", 8, "int")
-    I8 = ("I8", 8, "int")
-    U16 = ("U16", 16, "int")
-    I16 = ("I16", 16, "int")
-    U32 = ("U32", 32, "int")
-    I32 = ("I32", 32, "int")
-    U64 = ("U64", 64, "int")
-    I64 = ("I64", 64, "int")
-    F16 = ("F16", 16, "float")
-    BF16 = ("BF16", 16, "float")
-    F32 = ("F32", 32, "float")
-    F64 = ("F64", 64, "float")
-    C64 = ("C64", 64, "complex")
-    F4 = ("F4", 4, "float")
-    F6_E2M3 = ("F6_E2M3", 6, "float")
-    F6_E3M2 = ("F6_E3M2", 6, "float")
-    F8_E4M3 = ("F8_E4M3", 8, "float")
-    F8_E5M2 = ("F8_E5M2", 8, "float")
-    F8_E4M3FNUZ = ("F8_E4M3FNUZ", 8, "float")
-    F8_E5M2FNUZ = ("F8_E5M2FNUZ", 8, "float")
-    F8_E8M0 = ("F8_E8M0", 8, "scale")
+    BOOL = "BOOL"
+    U8 = "U8"
+    I8 = "I8"
+    U16 = "U16"
+    I16 = "I16"
+    U32 = "U32"
+    I32 = "I32"
+    U64 = "U64"
+    I64 = "I64"
+    F16 = "F16"
+    BF16 = "BF16"
+    F32 = "F32"
+    F64 = "F64"
+    C64 = "C64"
+    F4 = "F4"
+    F6_E2M3 = "F6_E2M3"
+    F6_E3M2 = "F6_E3M2"
+    F8_E4M3 = "F8_E4M3"
+    F8_E5M2 = "F8_E5M2"
+    F8_E4M3FNUZ = "F8_E4M3FNUZ"
+    F8_E5M2FNUZ = "F8_E5M2FNUZ"
+    F8_E8M0 = "F8_E8M0"
 
-    bits: int
-    kind: DtypeKind
+    @property
+    def bits(self) -> int:
+        """Width of an element."""
+        return _FACTS[self][0]
 
-    def __new__(cls, name: str, bits: int, kind: DtypeKind) -> Dtype:
-        member = object.__new__(cls)
-        member._value_ = name
-        member.bits = bits
-        member.kind = kind
-        return member
+    @property
+    def kind(self) -> DtypeKind:
+        """What an element holds."""
+        return _FACTS[self][1]
 
     @property
     def item_bytes(self) -> int:
@@ -71,3 +71,29 @@ class Dtype(Enum):
             msg = f"{numel} elements of {self.value} do not fill whole bytes"
             raise ValueError(msg)
         return bits // 8
+
+
+_FACTS: dict[Dtype, tuple[int, DtypeKind]] = {
+    Dtype.BOOL: (8, "bool"),
+    Dtype.U8: (8, "int"),
+    Dtype.I8: (8, "int"),
+    Dtype.U16: (16, "int"),
+    Dtype.I16: (16, "int"),
+    Dtype.U32: (32, "int"),
+    Dtype.I32: (32, "int"),
+    Dtype.U64: (64, "int"),
+    Dtype.I64: (64, "int"),
+    Dtype.F16: (16, "float"),
+    Dtype.BF16: (16, "float"),
+    Dtype.F32: (32, "float"),
+    Dtype.F64: (64, "float"),
+    Dtype.C64: (64, "complex"),
+    Dtype.F4: (4, "float"),
+    Dtype.F6_E2M3: (6, "float"),
+    Dtype.F6_E3M2: (6, "float"),
+    Dtype.F8_E4M3: (8, "float"),
+    Dtype.F8_E5M2: (8, "float"),
+    Dtype.F8_E4M3FNUZ: (8, "float"),
+    Dtype.F8_E5M2FNUZ: (8, "float"),
+    Dtype.F8_E8M0: (8, "scale"),
+}

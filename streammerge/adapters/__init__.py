@@ -1,0 +1,1 @@
+"""Adapter folders: configuration, key grammar, factors."""

@@ -131,16 +131,12 @@ def _add(into: dict[_K, _V], key: _K, value: _V, tensor: StoredTensor) -> None:
     into[key] = value
 
 
-def _build_module(
-    name: str, found: dict[Role, StoredTensor], config: AdapterConfig
-) -> LoraModule:
+def _build_module(name: str, found: dict[Role, StoredTensor], config: AdapterConfig) -> LoraModule:
     where = f"module '{name}' of {config.path.parent}"
     is_embedding = Role.EMBEDDING_A in found or Role.EMBEDDING_B in found
     if is_embedding and not found.keys().isdisjoint({Role.LORA_A, Role.LORA_B}):
         raise AdapterError("module has the factors of an embedding and of a layer", where=where)
-    wanted = (
-        (Role.EMBEDDING_A, Role.EMBEDDING_B) if is_embedding else (Role.LORA_A, Role.LORA_B)
-    )
+    wanted = (Role.EMBEDDING_A, Role.EMBEDDING_B) if is_embedding else (Role.LORA_A, Role.LORA_B)
     missing = [role.value for role in wanted if role not in found]
     if missing:
         raise AdapterError(f"module has no {' and no '.join(missing)}", where=where)
@@ -168,10 +164,10 @@ def _check_factors(a: StoredTensor, b: StoredTensor, *, where: str, rank: int) -
     for tensor in (a, b):
         if 0 in tensor.shape or len(tensor.shape) == 1:
             raise AdapterError(
-                "adapter tensor is empty or flat: it was saved without gathering ZeRO-3 or FSDP shards",
+                "adapter tensor is empty or flat: ZeRO-3 or FSDP shards were not gathered",
                 where=f"key '{tensor.name}' of {tensor.path}",
                 got=f"shape {tensor.shape}",
-                hint="consolidate the training checkpoint (zero_to_fp32) and save the adapter again",
+                hint="consolidate the training checkpoint (zero_to_fp32), save the adapter again",
             )
         if not tensor.dtype.is_mergeable:
             raise AdapterError(

@@ -25,7 +25,7 @@ _UNSUPPORTED_OPTIONS = {
     "monteclora_config": "MonteCLoRA is not merged by this version",
     "velora_config": "VeLoRA is not merged by this version",
     "layer_replication": "replicated layers are not written by this version",
-    "target_parameters": "LoRA on nn.Parameter targets (fused experts) is not merged by this version",
+    "target_parameters": "LoRA on parameters (fused experts) is not merged by this version",
     "trainable_token_indices": "trained token rows are not merged by this version",
 }
 # these change the base at training time, so the adapter alone does not hold the difference to it
@@ -34,11 +34,11 @@ _PLAIN_INITS = ("true", "false", "gaussian", "orthogonal", "eva")
 # options of LoraConfig that leave the formula as it is, or that this project implements
 _KNOWN = frozenset(
     """
-    alpha_pattern auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config
-    exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform
-    loftq_config lora_alpha lora_bias lora_dropout lora_ga_config megatron_config megatron_core
-    modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision runtime_config
-    target_modules task_type use_dora use_rslora
+    alpha_pattern auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying
+    eva_config exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern
+    layers_to_transform loftq_config lora_alpha lora_bias lora_dropout lora_ga_config
+    megatron_config megatron_core modules_to_save peft_type peft_version qalora_group_size r
+    rank_pattern revision runtime_config target_modules task_type use_dora use_rslora
     """.split()
 ) | frozenset(_UNSUPPORTED_OPTIONS)
 
@@ -63,17 +63,20 @@ class AdapterConfig:
     notes: tuple[str, ...] = field(default=())
 
     def rank_of(self, module: str) -> int:
-        """The rank that a module was trained with."""
-        return _first_match(self.rank_pattern, module, self.rank)
+        """Return the rank that a module was trained with."""
+        rank: int = _first_match(self.rank_pattern, module, self.rank)
+        return rank
 
     def scaling_of(self, module: str) -> float:
-        """The factor of `B @ A` for a module: `lora_alpha / r`, or `lora_alpha / sqrt(r)` for rsLoRA.
+        """Return the factor of `B @ A` for a module.
+
+        It is `lora_alpha / r`, or `lora_alpha / sqrt(r)` for rsLoRA.
 
         Args:
             module: Path of the module in memory, without the `base_model.model.` prefix.
         """
         rank = self.rank_of(module)
-        alpha = _first_match(self.alpha_pattern, module, self.lora_alpha)
+        alpha: float = _first_match(self.alpha_pattern, module, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
@@ -81,7 +84,8 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     """Read and check adapter_config.json.
 
     Raises:
-        AdapterError: The file is damaged, or describes an adapter that cannot be merged; the message
+        AdapterError: The file is damaged, or describes an adapter that cannot be merged; the
+            message
             names the option and the way out.
     """
     path = folder / "adapter_config.json"
@@ -123,8 +127,8 @@ def _check_init(init: object, path: Path) -> None:
         raise AdapterError(
             f"adapter starts from changed base weights (init_lora_weights: {init!r})",
             where=path,
-            hint="save it once with path_initial_model_for_weight_conversion (LLaMA-Factory: use the "
-            "pissa_converted folder), or merge it onto the saved residual base with "
+            hint="save it once with path_initial_model_for_weight_conversion (LLaMA-Factory: use "
+            "the pissa_converted folder), or merge it onto the saved residual base with "
             "init_lora_weights: true",
         )
     if name not in _PLAIN_INITS:
@@ -155,8 +159,8 @@ def _unknown_options(raw: dict[str, Any], path: Path) -> tuple[str, ...]:
 
 
 def _first_match(patterns: dict[str, Any], module: str, default: Any) -> Any:
-    # PEFT's rule (peft.utils.other.get_pattern_key): the first pattern, in the order of the file, that
-    # matches the whole path or its end after a dot
+    # PEFT's rule (peft.utils.other.get_pattern_key): the first pattern, in the order of the file,
+    # that matches the whole path or its end after a dot
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value

@@ -6,10 +6,11 @@
 [prefix]<module>.lora_magnitude_vector[.name][.weight]                                DoRA
 [prefix]<module>.base_layer.<param>            copy of the base tensor to start from
 [prefix]<module>.modules_to_save[.name].<param> | .original_module.<param>            twins
-[prefix]<module>.<param>                       replacement: modules_to_save, biases, resized vocabulary
+[prefix]<module>.<param>                       replacement: modules_to_save, biases, resized
+vocabulary
 ```
-`prefix` is `base_model.model.`; what wrappers leave behind (`_orig_mod.`, `module.`, a doubled prefix,
-the adapter's name) is taken away.
+`prefix` is `base_model.model.`; what wrappers leave behind (`_orig_mod.`, `module.`, a doubled
+prefix, the adapter's name) is taken away.
 """
 
 from __future__ import annotations
@@ -88,7 +89,9 @@ def parse_key(key: str) -> AdapterKey:
     module, _, parameter = name.rpartition(".")
     if ".base_layer." in f".{name}":
         if module.endswith(".base_layer") or module == "base_layer":
-            return AdapterKey(Role.BASE_COPY, module.removesuffix("base_layer").rstrip("."), parameter)
+            return AdapterKey(
+                Role.BASE_COPY, module.removesuffix("base_layer").rstrip("."), parameter
+            )
         raise AdapterError("adapter key has an unknown form", where=f"key '{key}'")
     parts = module.split(".")
     for role in (Role.SAVED_TWIN, Role.ORIGINAL_TWIN):
@@ -126,8 +129,8 @@ def _parse_factor(key: str, match: re.Match[str]) -> AdapterKey:
         raise AdapterError("adapter key has an unknown form", where=f"key '{key}'")
     if module.endswith(".base_layer") or module == "base_layer" or ".base_layer." in module:
         raise AdapterError(
-            "adapter wraps a parameter, not a layer (nn.MultiheadAttention or fused experts), which is "
-            "not merged by this version",
+            "adapter wraps a parameter (nn.MultiheadAttention or fused experts), which is not "
+            "merged by this version",
             where=f"key '{key}'",
             hint="merge it with PEFT",
         )

@@ -19,7 +19,9 @@ class Tile:
     begin: int
     end: int
     buffer: memoryview
-    """Holds the source rows on entry (see `source_offset`), the output rows on return, from byte 0."""
+    """Holds the source rows on entry (see `source_offset`), the output rows on return, from byte
+    0.
+    """
     source_offset: int
     """Where the source rows begin in `buffer`: at its end if the output's items are wider."""
 

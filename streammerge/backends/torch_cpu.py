@@ -1,20 +1,20 @@
 """The CPU backend: PEFT's arithmetic, bit for bit, on tiles of rows.
 
-Per tile of a weight W (N, K), with A (R, K) and B (N, R) in the compute dtype P (F64 for an F64 base,
-else F32):
+Per tile of a weight W (N, K), with A (R, K) and B (N, R) in the compute dtype P (F64 for an F64
+base, else F32):
 
     delta = (B[i:j] @ A) * scaling        product, then one multiplication
     W[i:j] += delta                       one addition in P, one rounding to W's dtype
 
-`addmm` would fuse the scaling and round otherwise. The product of a tile equals the rows of the whole
-product to the bit if the tile has four rows or more; a shorter tail joins the tile before it. For a
-weight stored (K, N) the tile is a range of A's columns and the product is added transposed, because the
-product of the transposed factors rounds otherwise in short tiles.
+`addmm` would fuse the scaling and round otherwise. The product of a tile equals the rows of the
+whole product to the bit if the tile has four rows or more; a shorter tail joins the tile before it.
+For a weight stored (K, N) the tile is a range of A's columns and the product is added transposed,
+because the product of the transposed factors rounds otherwise in short tiles.
 
 DoRA, with m (N,): V = W + delta; W = (m / ||V||_2 per row) * V, rounded once (peft, lora/dora.py).
 
-Above rank 512 BLAS splits the sum over R by the shape of the product, so PEFT's own bits depend on the
-number of threads there; the result is within the rounding of the F32 product.
+Above rank 512 BLAS splits the sum over R by the shape of the product, so PEFT's own bits depend on
+the number of threads there; the result is within the rounding of the F32 product.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _TORCH = {
 
 
 def torch_dtype(dtype: Dtype) -> torch.dtype:
-    """The torch dtype of a stored dtype that arithmetic can be done on."""
+    """Return the torch dtype of a stored dtype that arithmetic can be done on."""
     return _TORCH[dtype]
 
 
@@ -55,7 +55,10 @@ class _Factors(TargetFactors):
 
 
 class TorchCpuBackend:
-    """Merge tiles with torch on the CPU. Scratch is allocated once; one thread at a time may call it."""
+    """Merge tiles with torch on the CPU.
+
+    Scratch is allocated once; one thread at a time may call it.
+    """
 
     name = "torch-cpu"
 
@@ -115,7 +118,7 @@ class TorchCpuBackend:
         factors: _Factors,
         compute: torch.dtype,
     ) -> torch.Tensor:
-        """Add the terms to rows `at, ...` of a target; return them in the work or the compute dtype."""
+        """Add the terms to rows `at, ...`; return them in the work or the compute dtype."""
         if not target.terms:
             return work
         rounds_each = self._numerics == "peft"
@@ -162,7 +165,7 @@ class TorchCpuBackend:
         return split_rows(0, rows, step)
 
     def _take(self, use: str, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
-        """A piece of scratch; it holds what its last user left."""
+        """Return a piece of scratch; it holds what its last user left."""
         count = shape.numel()
         kept = self._scratch.get(use)
         if kept is None or kept.numel() < count * dtype.itemsize:

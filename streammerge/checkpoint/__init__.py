@@ -1,0 +1,1 @@
+"""Bytes on disk: headers, indexes, readers, writers, sidecars. No arithmetic."""

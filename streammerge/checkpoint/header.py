@@ -1,8 +1,8 @@
 """The safetensors header: a bounded, suspicious parser and a byte-exact encoder.
 
 A file is `u64 little-endian N`, N bytes of JSON (may end in spaces), then the data. Every tensor's
-`data_offsets` are relative to the end of the header. The parser takes nothing on trust: lengths, JSON
-types, names, dtype times shape, overlaps, holes, and the size of the file itself.
+`data_offsets` are relative to the end of the header. The parser takes nothing on trust: lengths,
+JSON types, names, dtype times shape, overlaps, holes, and the size of the file itself.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streammerge.dtypes import Dtype
@@ -18,6 +17,7 @@ from streammerge.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 __all__ = [
     "DATA_ALIGNMENT",
@@ -126,7 +126,9 @@ def parse_header(
     position = data_start
     for tensor in tensors:
         if tensor.offset != position:
-            fault = "overlaps the tensor before it" if tensor.offset < position else "follows a hole"
+            fault = (
+                "overlaps the tensor before it" if tensor.offset < position else "follows a hole"
+            )
             raise CheckpointError(
                 f"header lies about offsets: tensor '{tensor.name}' {fault}",
                 where=path,
@@ -239,8 +241,8 @@ def _parse_entry(name: str, entry: object, path: Path, data_start: int) -> Store
             got=repr(entry)[:80],
         )
     try:
-        dtype = Dtype(entry["dtype"])
-    except ValueError:
+        dtype = Dtype[entry["dtype"]]
+    except (KeyError, TypeError):
         raise CheckpointError(
             "unknown dtype", where=where, expected=_dtype_names(), got=repr(entry["dtype"])[:40]
         ) from None

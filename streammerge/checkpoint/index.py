@@ -1,8 +1,9 @@
 """Open a checkpoint folder: every tensor's place, checked, and no weight read.
 
-The index decides which shards there are; a folder is never globbed for weights. What lies beside the
-named shards and could be mistaken for one is an error, unless it is a copy of the model in another
-layout that loaders are known to ignore (`consolidated*`, `.bin` beside safetensors, variants).
+The index decides which shards there are; a folder is never globbed for weights. What lies beside
+the named shards and could be mistaken for one is an error, unless it is a copy of the model in
+another layout that loaders are known to ignore (`consolidated*`, `.bin` beside safetensors,
+variants).
 """
 
 from __future__ import annotations
@@ -171,7 +172,8 @@ def _check_strays(
             continue
         unused.append(name)
         if name.endswith(".bin"):
-            # beside safetensors `.bin` is the legacy twin; in a `.bin` folder only its own kind is stray
+            # beside safetensors `.bin` is the legacy twin; in a `.bin` folder only its own kind is
+            # stray
             harmless = layout == "safetensors" or not name.startswith("pytorch_model")
         else:
             harmless = any(fnmatch(name, pattern) for pattern in _OTHER_LAYOUTS) or bool(

@@ -1,8 +1,9 @@
 """Bounded reads of weight files into buffers of the caller's.
 
-Two ways, equal to the byte: `buffered` (positional reads) and `mmap` (a mapping whose pages are dropped
-as soon as they are copied). Both ask the kernel to read ahead, and drop the page cache behind a file
-that is read once from front to back, so that a merge of a 140 GB base does not evict everything else.
+Two ways, equal to the byte: `buffered` (positional reads) and `mmap` (a mapping whose pages are
+dropped as soon as they are copied). Both ask the kernel to read ahead, and drop the page cache
+behind a file that is read once from front to back, so that a merge of a 140 GB base does not evict
+everything else.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ class ReaderPool:
         self.close()
 
     def reader(self, path: Path) -> FileReader:
-        """The open reader of a file."""
+        """Return the open reader of a file."""
         if path not in self._readers:
             self._readers[path] = open_reader(path, mode=self._mode)
         return self._readers[path]

@@ -1,4 +1,4 @@
-"""The files beside the weights: which of them a user of the merged model needs, and how they change."""
+"""The files beside the weights: which of them a merged model needs, and how they change."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ class Sidecars:
     """Files of the base that are not carried over."""
 
 
-def find_sidecars(base: Path, *, tokenizer_from: Path | None, extra: Iterable[Path] = ()) -> Sidecars:
+def find_sidecars(
+    base: Path, *, tokenizer_from: Path | None, extra: Iterable[Path] = ()
+) -> Sidecars:
     """Choose the files to copy.
 
     Args:

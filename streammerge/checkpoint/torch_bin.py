@@ -1,10 +1,9 @@
-"""PyTorch's zip format (`pytorch_model*.bin`): read it without torch and without running it, write it
-tensor by tensor.
+"""PyTorch's zip format (`pytorch_model*.bin`), read without torch and written as a stream.
 
-A file is a zip archive of uncompressed members: `<root>/data.pkl`, a pickle that describes tensors, and
-`<root>/data/<key>`, one storage each. The reader answers the pickle's globals from a closed list of
-inert stand-ins, so no code of the file or of torch runs, and yields places in the file; the bytes are
-then streamed like those of a safetensors shard.
+A file is a zip archive of uncompressed members: `<root>/data.pkl`, a pickle that describes tensors,
+and `<root>/data/<key>`, one storage each. The reader answers the pickle's globals from a closed
+list of inert stand-ins, so no code of the file or of torch runs, and yields places in the file; the
+bytes are then streamed like those of a safetensors shard.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class _Tensor:
 
 
 class _OrderedDict(OrderedDict[str, Any]):
-    """Stands in for the pickled state dict; the `_metadata` attribute that torch adds is dropped."""
+    """Stands in for the pickled state dict, without the `_metadata` that torch adds."""
 
     def __setstate__(self, state: object) -> None:
         pass
@@ -108,7 +107,8 @@ def read_torch_bin(path: Path) -> list[StoredTensor]:
     """List the tensors of a zip-format `.bin` file, in the order of their bytes.
 
     Raises:
-        CheckpointError: The file is damaged, hostile, in the format of torch < 1.6, or holds a tensor
+        CheckpointError: The file is damaged, hostile, in the format of torch < 1.6, or holds a
+            tensor
             that is not contiguous.
     """
     try:

@@ -1,4 +1,4 @@
-"""Write output shards: bytes at planned places, under a temporary name until they are safe on disk."""
+"""Write output shards at planned places, under a temporary name until they are safe."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["PARTIAL_SUFFIX", "SafetensorsWriter", "ShardWriter", "TorchBinWriter", "writing"]
 
 PARTIAL_SUFFIX = ".partial"
-# write-back starts as soon as a stretch of this size is full, and its pages are dropped one stretch later
+# write-back starts as soon as a stretch of this size is full, and its pages are dropped one stretch
+# later
 WRITE_BEHIND_BYTES = 32 << 20
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -85,7 +86,7 @@ class SafetensorsWriter:
             size = os.fstat(self._file).st_size
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(self._file)
-            os.replace(self._partial, self._path)
+            self._partial.replace(self._path)
         return size
 
     def abort(self) -> None:
@@ -103,7 +104,10 @@ class SafetensorsWriter:
 
 
 class TorchBinWriter:
-    """Write a `pytorch_model*.bin` shard; offsets count through the tensors' data alone, in order."""
+    """Write a `pytorch_model*.bin` shard.
+
+    Offsets count through the tensors' data alone, in order.
+    """
 
     def __init__(self, path: Path, *, specs: Sequence[TensorSpec]) -> None:
         self._path = path
@@ -146,7 +150,7 @@ class TorchBinWriter:
             os.fsync(self._file.fileno())
             size = self._file.tell()
             self._file.close()
-            os.replace(self._partial, self._path)
+            self._partial.replace(self._path)
         return size
 
     def abort(self) -> None:
@@ -178,6 +182,6 @@ def _member(name: str) -> zipfile.ZipInfo:
 
 
 def _padding(nbytes: int) -> bytes:
-    """An extra field of the private kind torch uses, 4 to 67 bytes long."""
+    """Make an extra field of the private kind torch uses, 4 to 67 bytes long."""
     length = nbytes if nbytes >= 4 else nbytes + STORAGE_ALIGNMENT
     return b"FB" + (length - 4).to_bytes(2, "little") + b"Z" * (length - 4)

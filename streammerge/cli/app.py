@@ -27,8 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Merge LoRA adapters into a checkpoint as a stream, in a memory ceiling of your choice.",
-    epilog="Exit codes: 0 done, 2 usage or configuration, 3 bad or mismatched input, 4 not enough memory "
-    "or disk, 5 verification found a difference, 130 interrupted (run again to go on).",
+    epilog="Exit codes: 0 done, 2 usage or configuration, 3 bad or mismatched input, 4 not "
+    "enough memory or disk, 5 verification found a difference, 130 interrupted "
+    "(run again to go on).",
 )
 
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -69,7 +70,7 @@ def plan(
     as_json: _Json = False,
     debug: _Debug = False,
 ) -> None:
-    """Say what `export` would do: bytes, memory, shards, targets. Reads headers only, writes nothing."""
+    """Say what `export` would do, from headers alone, and write nothing."""
 
     def run() -> None:
         from streammerge.cli.render import show_plan
@@ -117,7 +118,7 @@ def main() -> None:
     except StreamMergeError as error:
         typer.echo(f"error: {error}", err=True)
         _end(error.exit_code)
-    except Exception as error:  # noqa: BLE001 (usage errors of the parser, whatever its version calls them)
+    except Exception as error:
         show = getattr(error, "show", None)
         if show is None:
             raise
@@ -133,7 +134,11 @@ def _end(code: int) -> NoReturn:
 def _load(config: str | None, overrides: list[str]) -> ExportConfig:
     from streammerge.config import load_config
 
-    if config is not None and (config.startswith("--") or "=" in config) and not Path(config).exists():
+    if (
+        config is not None
+        and (config.startswith("--") or "=" in config)
+        and not Path(config).exists()
+    ):
         # everything on the command line: `streammerge export --model_name_or_path ...`
         return load_config(None, [config, *overrides])
     return load_config(config, overrides)
@@ -148,7 +153,9 @@ def _guard(run: Callable[[], None], *, as_json: bool, debug: bool) -> None:
             traceback.print_exc()
         typer.echo(f"error: {error}", err=True)
         if as_json:
-            _print_json({"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code})
+            _print_json(
+                {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
+            )
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt:
         typer.echo("error: interrupted", err=True)

@@ -69,8 +69,10 @@ def show_report(report: ExportReport) -> None:
         ("output", report.output_dir),
         (
             "tensors",
-            f"{report.tensors_total}: {report.tensors_changed} changed, {report.tensors_copied} copied "
-            "byte for byte",
+            (
+                f"{report.tensors_total}: {report.tensors_changed} changed, "
+                f"{report.tensors_copied} copied byte for byte"
+            ),
         ),
         ("adapter tensors", f"{report.adapter_tensors_used}, each used once"),
         ("read, written", f"{_size(report.bytes_read)}, {_size(report.bytes_written)}"),
@@ -78,7 +80,7 @@ def show_report(report: ExportReport) -> None:
         ("time", f"{report.seconds:.1f} s ({speed:.2f} GB/s)"),
         (
             "peak memory",
-            f"{_size(report.peak_rss_bytes)} (at most {_size(report.predicted_peak_bytes)} predicted)",
+            f"{_size(report.peak_rss_bytes)} (predicted {_size(report.predicted_peak_bytes)})",
         ),
     ]
     if report.config_edits:
@@ -102,10 +104,16 @@ def show_plan(plan: MergePlan) -> None:
         ("targets", targets or "none"),
         ("adapter tensors", f"{plan.contents.adapter_tensors_used}, each used once"),
         ("to read, to write", f"{_size(plan.bytes_read)}, {_size(plan.bytes_written)}"),
-        ("shards", f"{len(plan.shards)}, the largest {_size(max(s.file_bytes for s in plan.shards))}"),
+        (
+            "shards",
+            f"{len(plan.shards)}, the largest {_size(max(s.file_bytes for s in plan.shards))}",
+        ),
         (
             "peak memory",
-            f"{_size(plan.memory.predicted_peak_bytes)} predicted, least {_size(plan.memory.least_bytes)}",
+            (
+                f"{_size(plan.memory.predicted_peak_bytes)} predicted, "
+                f"least {_size(plan.memory.least_bytes)}"
+            ),
         ),
         ("numerics", plan.numerics),
     ]
@@ -130,13 +138,15 @@ def show_inspection(found: dict[str, Any]) -> None:
                 ("variants", _variants(found)),
             ]
         )
-        columns = ("module", "rank", "scaling", "delta", "dtype")
-        lines = [
+        columns: tuple[str, ...] = ("module", "rank", "scaling", "delta", "dtype")
+        lines: list[tuple[object, ...]] = [
             (m["name"], m["rank"], f"{m['scaling']:g}", _shape(m["shape"]), m["dtype"])
             for m in found["modules"]
         ] + [(r["name"], "-", "-", _shape(r["shape"]), r["dtype"]) for r in found["replacements"]]
     else:
-        dtypes = ", ".join(f"{name} {_size(size)}" for name, size in found["bytes_by_dtype"].items())
+        dtypes = ", ".join(
+            f"{name} {_size(size)}" for name, size in found["bytes_by_dtype"].items()
+        )
         _print_rows(
             [
                 ("checkpoint", found["path"]),
@@ -148,7 +158,9 @@ def show_inspection(found: dict[str, Any]) -> None:
             ]
         )
         columns = ("tensor", "dtype", "shape", "size")
-        lines = [(t["name"], t["dtype"], _shape(t["shape"]), _size(t["bytes"])) for t in found["tensors"]]
+        lines = [
+            (t["name"], t["dtype"], _shape(t["shape"]), _size(t["bytes"])) for t in found["tensors"]
+        ]
     _print_table(columns, lines)
 
 
@@ -166,7 +178,7 @@ def _shards(report: ExportReport) -> str:
 
 
 def _kind(name: str) -> str:
-    """A target's name without its layer: `q_proj`, `lm_head`."""
+    """Return a target's name without its layer: `q_proj`, `lm_head`."""
     parts = [part for part in name.split(".") if not part.isdigit()]
     return parts[-2] if parts[-1] == "weight" and len(parts) > 1 else ".".join(parts[-2:])
 
@@ -178,7 +190,9 @@ def _shape(shape: Sequence[int]) -> str:
 def _size(nbytes: int) -> str:
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if nbytes >= factor:
-            return f"{nbytes / factor:.2f} {unit}" if unit == "GB" else f"{nbytes / factor:.0f} {unit}"
+            return (
+                f"{nbytes / factor:.2f} {unit}" if unit == "GB" else f"{nbytes / factor:.0f} {unit}"
+            )
     return f"{nbytes} B"
 
 

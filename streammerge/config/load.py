@@ -1,7 +1,7 @@
-"""Read a configuration: a YAML or JSON file, `key=value` and `--key value` overrides, then validation.
+"""Read a configuration: a file, overrides, validation.
 
-Nothing but the configuration file is opened here, so every fault of a configuration is reported before
-any weight file is touched.
+Nothing but the configuration file is opened here, so every fault of a configuration is reported
+before any weight file is touched.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node)
         if key in seen:
-            raise ConfigError(f"key '{key}' is given twice", where=f"line {key_node.start_mark.line + 1}")
+            raise ConfigError(
+                f"key '{key}' is given twice", where=f"line {key_node.start_mark.line + 1}"
+            )
         seen.add(key)
     return dict(loader.construct_mapping(node, deep=True))
 
 
-_UniqueKeyLoader.add_constructor(
-    yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping
-)
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
 
 
 def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> ExportConfig:
@@ -84,7 +84,9 @@ def parse_config(values: Mapping[str, Any], *, where: str | None = None) -> Expo
         elif key in REFUSED_KEYS:
             default, hint = REFUSED_KEYS[key]
             if value != default:
-                raise ConfigError(f"{key} is not supported", where=where, got=repr(value), hint=hint)
+                raise ConfigError(
+                    f"{key} is not supported", where=where, got=repr(value), hint=hint
+                )
         else:
             raise _unknown_key(key, where)
     # LLaMA-Factory's null is "not given"
@@ -134,7 +136,9 @@ def _read_file(path: Path) -> dict[str, Any]:
             raise ConfigError("configuration file is too large", where=path)
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot read the configuration ({error.strerror})", where=path) from error
+        raise ConfigError(
+            f"cannot read the configuration ({error.strerror})", where=path
+        ) from error
     except UnicodeDecodeError as error:
         raise ConfigError("configuration is not UTF-8 text", where=path) from error
     try:

@@ -37,7 +37,8 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
 class ExportConfig(BaseModel):
     """A validated export configuration. Sizes are in bytes.
 
-    Keys and defaults are LLaMA-Factory's, up to `infer_dtype`; the ones after it are this project's.
+    Keys and defaults are LLaMA-Factory's, up to `infer_dtype`; the ones after it are this
+    project's.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
@@ -77,7 +78,9 @@ class ExportConfig(BaseModel):
     add_special_tokens: Names = ()
     new_special_tokens_config: str | None = None
     infer_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
-    """Dtype of every floating-point tensor of the output; `auto` keeps the base's, tensor by tensor."""
+    """Dtype of every floating-point tensor of the output; `auto` keeps the base's, tensor by
+    tensor.
+    """
 
     max_memory: Annotated[int, BeforeValidator(parse_bytes)] = 2 * 10**9
     """Ceiling on the resident memory of the whole process."""
@@ -122,9 +125,9 @@ def _forbidden(config: ExportConfig) -> list[str]:
     if config.quantization_bit is not None:
         if adapters:
             faults.append(
-                "quantization_bit cannot be used with an adapter: a merge adds to the weights, and a "
-                "quantized base has codes instead of weights, so merging needs the unquantized base; "
-                "remove quantization_bit (QLoRA adapters too are merged onto the 16-bit base)"
+                "quantization_bit cannot be used with an adapter: a merge adds to the weights, and "
+                "a quantized base has codes instead of weights, so merging needs the unquantized "
+                "base; remove quantization_bit (QLoRA adapters too are merged onto the 16-bit base)"
             )
         else:
             faults.append("quantization_bit: on-the-fly quantization is not exported; remove it")
@@ -132,18 +135,21 @@ def _forbidden(config: ExportConfig) -> list[str]:
         faults.append("export_quantization_bit needs export_quantization_dataset")
     if config.adapter_weights and len(config.adapter_weights) != len(adapters):
         faults.append(
-            f"adapter_weights has {len(config.adapter_weights)} numbers for {len(adapters)} adapters"
+            f"adapter_weights has {len(config.adapter_weights)} numbers for "
+            f"{len(adapters)} adapters"
         )
     if config.infer_dtype != "auto" and config.export_size == "keep":
-        faults.append("export_size: keep cannot be used with infer_dtype: the tensors change their size")
+        faults.append(
+            "export_size: keep cannot be used with infer_dtype: the tensors change their size"
+        )
     return faults
 
 
 def field_names() -> frozenset[str]:
-    """The keys that a user may set."""
+    """Return the keys that a user may set."""
     return frozenset(ExportConfig.model_fields) - {"notes"}
 
 
 def to_plain(config: ExportConfig) -> dict[str, Any]:
-    """The configuration as JSON types, without the token."""
+    """Return the configuration as JSON types, without the token."""
     return config.model_dump(mode="json", exclude={"notes", "hf_hub_token"})

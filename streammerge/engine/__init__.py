@@ -1,0 +1,1 @@
+"""Run a plan: stages, staging folder, the export from beginning to end."""

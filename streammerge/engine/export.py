@@ -29,7 +29,7 @@ from streammerge.plan.memory import plan_memory
 from streammerge.report.export_report import ExportReport, peak_rss_bytes, rss_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from streammerge.checkpoint.writer import ShardWriter
     from streammerge.plan.layout import ShardPlan
@@ -54,7 +54,6 @@ class Progress:
         """End, whether it went well or not."""
 
 
-
 def build_plan(config: ExportConfig | Mapping[str, Any] | str | Path) -> MergePlan:
     """Plan an export without reading a weight or writing a byte. Does not import torch.
 
@@ -66,9 +65,7 @@ def build_plan(config: ExportConfig | Mapping[str, Any] | str | Path) -> MergePl
     """
     settings = _to_config(config)
     plan = prepare(settings, local_only=True)
-    check_output(
-        plan.output, inputs=_inputs(plan), overwrite=settings.overwrite
-    )
+    check_output(plan.output, inputs=_inputs(plan), overwrite=settings.overwrite)
     return plan
 
 
@@ -209,10 +206,14 @@ class _Run:
             path = self.staging.folder / shard.name
             try:
                 stored = (
-                    read_header(path)[0] if self.plan.layout == "safetensors" else read_torch_bin(path)
+                    read_header(path)[0]
+                    if self.plan.layout == "safetensors"
+                    else read_torch_bin(path)
                 )
             except StreamMergeError as error:
-                raise VerificationError("written shard is damaged", where=path, got=error) from error
+                raise VerificationError(
+                    "written shard is damaged", where=path, got=error
+                ) from error
             got = {(tensor.name, tensor.dtype, tensor.shape) for tensor in stored}
             wanted = {(p.tensor.name, p.tensor.dtype, p.tensor.shape) for p in shard.tensors}
             if got != wanted:
@@ -251,5 +252,3 @@ def _check_disk(plan: MergePlan) -> None:
             got=f"{free / 10**9:.2f} GB",
             hint="free some space, or set export_dir on another disk",
         )
-
-

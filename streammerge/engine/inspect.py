@@ -37,7 +37,11 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         "bytes": base.total_bytes,
         "bytes_by_dtype": dtypes,
         "shards": [
-            {"name": s.path.name, "tensors": len(s.tensors), "bytes": sum(t.nbytes for t in s.tensors)}
+            {
+                "name": s.path.name,
+                "tensors": len(s.tensors),
+                "bytes": sum(t.nbytes for t in s.tensors),
+            }
             for s in base.shards
         ],
         "tensors": [

@@ -1,8 +1,9 @@
 """Run tiles through read, compute and write at the same time, in a fixed set of buffers.
 
-One thread reads, the calling thread computes, one thread writes, and one makes finished shards durable.
-A tile travels in a slab, taken from a closed set: when no slab is free the reader waits, so memory does
-not depend on which stage is slow. The first failure stops every stage and is raised to the caller.
+One thread reads, the calling thread computes, one thread writes, and one makes finished shards
+durable. A tile travels in a slab, taken from a closed set: when no slab is free the reader waits,
+so memory does not depend on which stage is slow. The first failure stops every stage and is raised
+to the caller.
 """
 
 from __future__ import annotations
@@ -140,7 +141,8 @@ class Pipeline:
         try:
             self._guard(self._compute)
         except BaseException as error:
-            # a signal in this thread: let the others end first, so that nothing writes behind our back
+            # a signal in this thread: let the others end first, so that nothing writes behind our
+            # back
             self._fail(error)
             raise
         finally:
@@ -258,7 +260,7 @@ class Pipeline:
 
 
 def _source_offset(tile: MergeTile) -> int:
-    """Where a tile's source rows go in its slab: at the end of the output's room if they are narrower."""
+    """Return where a tile's source rows go: at the end of the output's room if narrower."""
     return max(0, tile.nbytes - tile.source.nbytes)
 
 

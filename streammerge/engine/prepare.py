@@ -1,4 +1,4 @@
-"""Turn a configuration into a plan: open the inputs, plan every tensor, fix the layout, fit the memory."""
+"""Turn a configuration into a plan: open the inputs, plan tensors, layout and memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from streammerge.dtypes import Dtype
 from streammerge.engine.renames import transformers_renames
 from streammerge.errors import AdapterError, ConfigError, UnsupportedError
 from streammerge.plan.build import PlanOptions, plan_tensors
-from streammerge.plan.layout import lay_out
+from streammerge.plan.layout import Layout, lay_out
 from streammerge.plan.match import NameResolver
 from streammerge.plan.memory import BASELINE_BYTES, plan_memory
 from streammerge.plan.merge_plan import MergePlan
@@ -63,11 +63,13 @@ def prepare(
     )
     if not config.use_kv_cache:
         contents.config_edits["use_cache"] = False
-    layout = "torch_bin" if config.export_legacy_format else "safetensors"
+    layout: Layout = "torch_bin" if config.export_legacy_format else "safetensors"
     shards = lay_out(contents.tensors, max_shard_bytes=config.max_shard_bytes, layout=layout)
     memory = plan_memory(contents.tensors, max_memory=config.max_memory, baseline=baseline)
     sidecars, notes = _sidecars(config, base, adapters, contents)
-    unused = [f"{name} in the base is not part of the checkpoint" for name in base.unused_weight_files]
+    unused = [
+        f"{name} in the base is not part of the checkpoint" for name in base.unused_weight_files
+    ]
     return MergePlan(
         base=base_path,
         adapters=tuple(adapter_paths),
@@ -157,8 +159,8 @@ def _sidecars(
             break
     if contents.vocabulary_rows is not None and tokenizer_from is None:
         notes.append(
-            f"the vocabulary has {contents.vocabulary_rows} rows now, but no adapter folder brings a "
-            "tokenizer: the base's is kept"
+            f"the vocabulary has {contents.vocabulary_rows} rows now, but no adapter folder brings "
+            "a tokenizer: the base's is kept"
         )
     wanted = {*config.add_tokens, *config.add_special_tokens}
     known = ours if tokenizer_from is None else added_tokens(tokenizer_from)
@@ -167,7 +169,7 @@ def _sidecars(
         raise ConfigError(
             "tokens to be added are in no tokenizer, and their rows in no adapter",
             got=", ".join(missing) or config.new_special_tokens_config,
-            hint="put the tokenizer that was trained with into the adapter's folder, or remove the key",
+            hint="put the trained tokenizer into the adapter's folder, or remove the key",
         )
     extra = []
     if config.stage == "rm":

@@ -1,8 +1,8 @@
-"""Ask transformers, if it is installed, under which names it holds a checkpoint's tensors in memory.
+"""Ask transformers, if it is installed, for its in-memory names of a checkpoint's tensors.
 
 Adapters carry in-memory names, checkpoints carry the names of the hub, and transformers 5 renames
-between them at load time for some families. The question is put to a process of its own: it builds the
-model's skeleton on the meta device from config.json alone, and its memory is gone with it.
+between them at load time for some families. The question is put to a process of its own: it builds
+the model's skeleton on the meta device from config.json alone, and its memory is gone with it.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ renamings = [step for step in steps if isinstance(step, loading.WeightRenaming)]
 converters = [step for step in steps if isinstance(step, loading.WeightConverter)]
 state, names = model.state_dict(), {}
 for name in json.load(sys.stdin):
-    renamed, fused = loading.rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-    if fused is None and renamed != name:
+    renamed, fused = loading.rename_source_key(name, renamings, converters, model.base_model_prefix,
+    state) if fused is None and renamed != name:
         names[renamed] = name
 print(json.dumps(names))
 """

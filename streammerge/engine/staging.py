@@ -1,8 +1,9 @@
 """The staging folder beside `export_dir`: where an export grows until it is complete.
 
-It is locked against a second run, keeps a journal of finished shards so that a rerun of the same plan
-goes on where the last one stopped, and becomes `export_dir` by a rename. A different plan (another
-adapter, another base, other options) never mixes with what is there: the folder is emptied first.
+It is locked against a second run, keeps a journal of finished shards so that a rerun of the same
+plan goes on where the last one stopped, and becomes `export_dir` by a rename. A different plan
+(another adapter, another base, other options) never mixes with what is there: the folder is emptied
+first.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def check_output(output: Path, *, inputs: Iterable[Path], overwrite: bool) -> No
     if not output.exists():
         return
     if not output.is_dir():
-        raise OutputExistsError("export_dir is a file", where=output, hint="choose another export_dir")
+        raise OutputExistsError(
+            "export_dir is a file", where=output, hint="choose another export_dir"
+        )
     if any(output.iterdir()) and not overwrite:
         raise OutputExistsError(
             "export_dir is not empty",
@@ -127,8 +130,8 @@ class Staging:
             (self.folder / _LOCK).unlink(missing_ok=True)
             _sync_folder(self.folder)
             if self.output.exists() and any(self.output.iterdir()):
-                os.replace(self.output, self._replaced)
-            os.replace(self.folder, self.output)
+                self.output.replace(self._replaced)
+            self.folder.replace(self.output)
             _sync_folder(self.output.parent)
         shutil.rmtree(self._replaced, ignore_errors=True)
         self.release()
@@ -153,7 +156,7 @@ class Staging:
             if self.output.exists():
                 shutil.rmtree(self._replaced)
             else:
-                os.replace(self._replaced, self.output)
+                self._replaced.replace(self.output)
 
     def _read_journal(self, identity: str) -> dict[str, int]:
         try:

@@ -1,0 +1,1 @@
+"""Pure planning: no torch, no file opened, no clock."""

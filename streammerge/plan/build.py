@@ -1,7 +1,7 @@
 """Decide what happens to every tensor, and prove that nothing of an adapter is lost.
 
-The ledger: every adapter tensor is used exactly once, every base tensor is written exactly once. What
-does not fit is an error before any write, with the nearest names.
+The ledger: every adapter tensor is used exactly once, every base tensor is written exactly once.
+What does not fit is an error before any write, with the nearest names.
 """
 
 from __future__ import annotations
@@ -161,7 +161,11 @@ class _Builder:
         if match is None and path in self._slots:
             # a tensor that an adapter before this one added
             return Match(path, "exact")
-        if match is None and self._embeddings.is_tied and _is_same_head(path, self._embeddings.output):
+        if (
+            match is None
+            and self._embeddings.is_tied
+            and _is_same_head(path, self._embeddings.output)
+        ):
             return Match(self._embeddings.output, "exact")
         return match or self._resolver.find(path)
 
@@ -190,14 +194,16 @@ class _Builder:
 
     def _unmatched(self, adapter: Adapter, missing: list[tuple[str, str]]) -> PlanError:
         key, path = missing[0]
-        count = f"{len(missing)} adapter tensors have" if len(missing) > 1 else "an adapter tensor has"
+        count = (
+            f"{len(missing)} adapter tensors have" if len(missing) > 1 else "an adapter tensor has"
+        )
         return PlanError(
             f"{count} no base tensor, the first is '{key}'",
             where=adapter.path,
             expected=f"'{path}' in {self._base.path}",
             got=f"nearest: {', '.join(self._resolver.nearest(path))}",
             hint=f"another base? The adapter names {adapter.config.base_model!r}; "
-            "adapter names of a transformers version that renames layers need transformers installed",
+            "names of a transformers version that renames layers need transformers installed",
         )
 
     # tied embeddings
@@ -214,7 +220,8 @@ class _Builder:
         faithful merge keeps them apart, where PEFT adds each delta to the one shared tensor.
 
         Returns:
-            Names whose parts are already accounted for, because the other end of the pair carries them.
+            Names whose parts are already accounted for, because the other end of the pair carries
+            them.
         """
         source, head = self._embeddings.input, self._embeddings.output
         if source is None or head in self._slots or not self._embeddings.is_tied:
@@ -281,7 +288,9 @@ class _Builder:
                 got=tensor.dtype.value,
             )
         if slot.terms:
-            self._notes.append(f"'{name}': {tensor.path} replaces what an adapter before it changed")
+            self._notes.append(
+                f"'{name}': {tensor.path} replaces what an adapter before it changed"
+            )
         change: Change = slot.change if slot.change == "added" else "replaced"
         self._slots[name] = _Slot(tensor, slot.work_dtype, change)
 
@@ -345,13 +354,15 @@ class _Builder:
         wanted = shape[::-1] if is_transposed else shape
         if slot.source.shape == wanted:
             return
-        hint = f"give the base that the adapter was trained on: it names {adapter.config.base_model!r}"
+        hint = (
+            f"give the base that the adapter was trained on: it names {adapter.config.base_model!r}"
+        )
         if name in {self._embeddings.input, self._embeddings.output} and (
             slot.source.shape[1:] == wanted[1:]
         ):
             hint = (
-                "the adapter was trained on a resized vocabulary but does not hold its rows: save it "
-                "with save_embedding_layers=True, or resize the base first"
+                "the adapter was trained on a resized vocabulary but does not hold its rows: save "
+                "it with save_embedding_layers=True, or resize the base first"
             )
         elif len(slot.source.shape) != 2:
             hint = "only matrices take a LoRA delta in this version"
@@ -392,15 +403,20 @@ class _Builder:
     def _note_adapter(self, adapter: Adapter, placed: Mapping[str, Replacement]) -> None:
         self._notes.extend(adapter.config.notes)
         named = (adapter.config.base_model or "").rstrip("/").rpartition("/")[2]
-        if named and named != self._base.path.resolve().name and "snapshots" not in str(self._base.path):
+        if (
+            named
+            and named != self._base.path.resolve().name
+            and "snapshots" not in str(self._base.path)
+        ):
             self._notes.append(
-                f"{adapter.path} was trained on {adapter.config.base_model!r}, merged onto {self._base.path}"
+                f"{adapter.path} was trained on {adapter.config.base_model!r}, merged onto "
+                f"{self._base.path}"
             )
         is_classifier = adapter.config.task_type in {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}
         if is_classifier and not placed:
             self._notes.append(
-                f"{adapter.path} is a {adapter.config.task_type} adapter without a head: the merged model "
-                "has whatever head the base has"
+                f"{adapter.path} is a {adapter.config.task_type} adapter without a head: the merged "
+                "model has whatever head the base has"
             )
 
     def finish(self, options: PlanOptions) -> TensorPlans:
@@ -411,9 +427,9 @@ class _Builder:
         edits: dict[str, Any] = {}
         rows = self._vocabulary_rows()
         if rows is not None:
-            _set_in_sections(edits, self._base.config, "vocab_size", rows)
+            _set_in_sections(edits, self._base.config, "vocab_size", value=rows)
         if self._heads_differ and is_declared_tied(self._base.config) is not False:
-            _set_in_sections(edits, self._base.config, "tie_word_embeddings", False)
+            _set_in_sections(edits, self._base.config, "tie_word_embeddings", value=False)
         if options.output_dtype is not None and any(t.change == "cast" for t in tensors):
             _set_dtype(edits, self._base.config, options.output_dtype)
         return TensorPlans(
@@ -451,7 +467,9 @@ def _finish_slot(name: str, slot: _Slot, output_dtype: Dtype | None) -> TensorPl
     if not slot.terms and slot.source.dtype is slot.work_dtype is dtype:
         return TensorPlan(name, dtype, slot.source, CopyBytes(), slot.change)
     change: Change = "cast" if slot.change == "copied" else slot.change
-    return TensorPlan(name, dtype, slot.source, ApplyTerms(slot.work_dtype, tuple(slot.terms)), change)
+    return TensorPlan(
+        name, dtype, slot.source, ApplyTerms(slot.work_dtype, tuple(slot.terms)), change
+    )
 
 
 def _is_same_head(path: str, head: str) -> bool:
@@ -463,7 +481,9 @@ def _ancestors(module: str) -> list[str]:
     return [".".join(parts[: count + 1]) for count in range(len(parts))]
 
 
-def _set_in_sections(edits: dict[str, Any], config: Mapping[str, Any], key: str, value: Any) -> None:
+def _set_in_sections(
+    edits: dict[str, Any], config: Mapping[str, Any], key: str, *, value: object
+) -> None:
     """Set a key where a config keeps it: at the root, and in the language model's own section."""
     section = config.get("text_config")
     if isinstance(section, dict):

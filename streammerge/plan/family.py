@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Embeddings", "find_embeddings", "is_conv1d", "is_declared_tied"]
 
-# the model types whose projections are transformers' Conv1D, stored (in_features, out_features), and
-# the names of those projections; every other layer of theirs is an ordinary Linear
+# the model types whose projections are transformers' Conv1D, stored (in_features, out_features),
+# and the names of those projections; every other layer of theirs is an ordinary Linear
 _CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 _CONV1D_LAYERS = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
@@ -42,7 +42,7 @@ def is_conv1d(module: str, *, config: Mapping[str, Any]) -> bool:
 
 
 def is_declared_tied(config: Mapping[str, Any]) -> bool | None:
-    """What config.json says of tied embeddings; None if it says nothing."""
+    """Return what config.json says of tied embeddings; None if it says nothing."""
     for section in (config, config.get("text_config") or {}):
         value = section.get("tie_word_embeddings")
         if value is not None:
@@ -53,8 +53,8 @@ def is_declared_tied(config: Mapping[str, Any]) -> bool | None:
 def find_embeddings(names: Collection[str], *, config: Mapping[str, Any]) -> Embeddings:
     """Find the input embedding and the output head among a base's tensors.
 
-    Without a word in config.json, a model that stores no head of its own is tied: transformers leaves
-    the key out where it equals the family's default.
+    Without a word in config.json, a model that stores no head of its own is tied: transformers
+    leaves the key out where it equals the family's default.
     """
     source = _find(names, _INPUT_EMBEDDINGS)
     head = _find(names, _OUTPUT_HEADS)
@@ -77,7 +77,8 @@ def _find(names: Collection[str], modules: tuple[str, ...]) -> str | None:
 
 
 def _head_name(embedding: str | None) -> str:
-    # nested language models keep their head inside: language_model.model.embed_tokens -> language_model.lm_head
+    # nested language models keep their head inside: language_model.model.embed_tokens ->
+    # language_model.lm_head
     if embedding is not None and embedding.startswith("language_model.model."):
         return "language_model.lm_head.weight"
     return "lm_head.weight"

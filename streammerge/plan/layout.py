@@ -1,4 +1,4 @@
-"""Divide the output into shards: names, offsets and header bytes, fixed before anything is written."""
+"""Divide the output into shards: names, offsets and headers, fixed before any write."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from streammerge.plan.ops import TensorPlan
 
-__all__ = ["PlacedTensor", "ShardPlan", "encode_index", "lay_out"]
+__all__ = ["Layout", "PlacedTensor", "ShardPlan", "encode_index", "lay_out"]
 
 Layout = Literal["safetensors", "torch_bin"]
 
@@ -63,7 +63,7 @@ def lay_out(
 
 
 def encode_index(shards: Sequence[ShardPlan]) -> str:
-    """The index file's text; `total_size` counts bytes of tensors."""
+    """Return the index file's text; `total_size` counts bytes of tensors."""
     index = {
         "metadata": {"total_size": sum(shard.data_bytes for shard in shards)},
         "weight_map": {

@@ -1,8 +1,8 @@
 """Find the base tensor that an adapter's module path means.
 
 In this order: the exact name; one base prefix added or taken away (a bare model against one with a
-head); transformers' own renames, if known; the only base tensor that ends in the path, layer numbers
-included. What matches none of these is an error for the caller, never a silent no-op.
+head); transformers' own renames, if known; the only base tensor that ends in the path, layer
+numbers included. What matches none of these is an error for the caller, never a silent no-op.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ __all__ = ["Match", "NameResolver"]
 How = Literal["exact", "prefix", "renamed", "suffix"]
 # what wraps the layers of a bare model; each may be missing on either side
 _PREFIXES = (
-    "model", "transformer", "base_model", "bert", "roberta", "gpt_neox", "decoder", "language_model",
-    "backbone",
+    "model", "transformer", "base_model", "bert", "roberta", "gpt_neox", "decoder",
+    "language_model", "backbone",
 )  # fmt: skip
 
 
@@ -67,9 +67,9 @@ class NameResolver:
         return self._find_suffix(path)
 
     def nearest(self, path: str, *, count: int = 3) -> list[str]:
-        """The base tensors whose names look most like a path."""
+        """Return the base tensors whose names look most like a path."""
         same_end = self._by_last.get(_tail(path), [])
-        pool: Iterable[str] = same_end if same_end else self.names
+        pool: Iterable[str] = same_end or self.names
         return difflib.get_close_matches(path, sorted(pool)[:20_000], n=count, cutoff=0.0)
 
     def _find_suffix(self, path: str) -> Match | None:
@@ -87,5 +87,5 @@ class NameResolver:
 
 
 def _tail(name: str) -> str:
-    """The last two components: the layer's own name and the parameter."""
+    """Return the last two components: the layer's own name and the parameter."""
     return ".".join(name.rsplit(".", 2)[-2:])

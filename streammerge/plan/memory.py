@@ -1,8 +1,8 @@
 """Fit a plan into a memory ceiling: the size of every buffer, decided before the first one exists.
 
-Peak = interpreter and libraries + slabs (tiles on their way from read to write) + scratch (one product
-in the compute dtype) + factors (the adapter tensors of the targets in flight). Nothing else grows with
-the model.
+Peak = interpreter and libraries + slabs (tiles on their way from read to write) + scratch (one
+product in the compute dtype) + factors (the adapter tensors of the targets in flight). Nothing else
+grows with the model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["BASELINE_BYTES", "FACTOR_SLOTS", "MemoryPlan", "plan_memory"]
 
 MIB = 1 << 20
-# interpreter, numpy and torch's CPU build after a first product: 236 MB of RSS (torch 2.13.0, x86-64)
+# interpreter, numpy and torch's CPU build after a first product: 236 MB of RSS (torch 2.13.0,
+# x86-64)
 BASELINE_BYTES = 240 * 10**6
 # allocator slack, thread stacks, Python's own records of the run: 20 to 40 MB seen
 MARGIN_BYTES = 48 * MIB
@@ -64,7 +65,8 @@ class _Needs:
     record_bytes: int
 
     def total(self, *, slab_bytes: int, slab_count: int, baseline: int) -> int:
-        buffers = slab_bytes * slab_count + 3 * self.scratch_bytes
+        # one slab more for the pages of a mapping while they are copied out of it
+        buffers = slab_bytes * (slab_count + 1) + 3 * self.scratch_bytes
         factors = FACTOR_SLOTS * self.factor_bytes
         return baseline + MARGIN_BYTES + self.record_bytes + buffers + factors
 
@@ -83,9 +85,7 @@ def plan_memory(
         MemoryBudgetError: The ceiling is too low; the message says the least that works.
     """
     needs = _needs(tensors)
-    least = needs.total(
-        slab_bytes=needs.slab_bytes, slab_count=MIN_SLAB_COUNT, baseline=baseline
-    )
+    least = needs.total(slab_bytes=needs.slab_bytes, slab_count=MIN_SLAB_COUNT, baseline=baseline)
     if max_memory < least:
         # rounded up, so that the number in the message works
         shown = -(-least // 10**6)

@@ -73,7 +73,8 @@ class MergePlan:
             "predicted_peak_bytes": self.memory.predicted_peak_bytes,
             "least_memory_bytes": self.memory.least_bytes,
             "shards": [
-                {"name": s.name, "bytes": s.file_bytes, "tensors": len(s.tensors)} for s in self.shards
+                {"name": s.name, "bytes": s.file_bytes, "tensors": len(s.tensors)}
+                for s in self.shards
             ],
             "targets": [_describe_target(tensor) for tensor in self.targets],
             "names": self.contents.matches,

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from streammerge.checkpoint.header import StoredTensor
     from streammerge.dtypes import Dtype
 
-__all__ = ["ApplyTerms", "BiasTerm", "Change", "CopyBytes", "LoraTerm", "Numerics", "Op", "TensorPlan",
-           "Term"]  # fmt: skip
+__all__ = ["ApplyTerms", "BiasTerm", "Change", "CopyBytes", "LoraTerm", "Numerics", "Op",
+           "TensorPlan", "Term"]  # fmt: skip
 
 Numerics = Literal["peft", "fp32"]
 Change = Literal["copied", "cast", "merged", "replaced", "added"]
@@ -24,7 +24,10 @@ Change = Literal["copied", "cast", "merged", "replaced", "added"]
 
 @dataclass(frozen=True, slots=True)
 class LoraTerm:
-    """`scaling * B @ A`, one adapter's delta on one weight; with `magnitude`, the DoRA form of it."""
+    """`scaling * B @ A`, one adapter's delta on one weight.
+
+    With `magnitude` it is the DoRA form.
+    """
 
     a: StoredTensor
     """(R, K)"""

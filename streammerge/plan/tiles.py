@@ -15,9 +15,17 @@ if TYPE_CHECKING:
     from streammerge.plan.layout import PlacedTensor, ShardPlan
     from streammerge.plan.ops import TensorPlan
 
-__all__ = ["MIN_TILE_ROWS", "CopyTile", "MergeTile", "Segment", "ShardTile", "cut_shard", "split_rows"]
+__all__ = [
+    "MIN_TILE_ROWS",
+    "CopyTile",
+    "MergeTile",
+    "Segment",
+    "ShardTile",
+    "cut_shard",
+    "split_rows",
+]
 
-# BLAS takes another kernel below four rows, which rounds otherwise than the whole product does (MKL)
+# below four rows MKL takes another kernel, which rounds otherwise than the whole product does
 MIN_TILE_ROWS = 4
 
 
@@ -75,7 +83,7 @@ ShardTile = CopyTile | MergeTile
 
 
 def split_rows(begin: int, end: int, step: int) -> list[tuple[int, int]]:
-    """Divide rows into ranges of `step`; a tail too short for the product's bits joins the last one."""
+    """Divide rows into ranges of `step`; a tail too short for exact bits joins the last one."""
     edges = list(range(begin, end, step))
     if len(edges) > 1 and end - edges[-1] < MIN_TILE_ROWS:
         edges.pop()

@@ -42,12 +42,12 @@ class ExportReport:
 
 
 def peak_rss_bytes() -> int:
-    """The most resident memory that the process has had (VmHWM)."""
+    """Return the most resident memory that the process has had (VmHWM)."""
     return _status_bytes("VmHWM:")
 
 
 def rss_bytes() -> int:
-    """Resident memory of the process now (VmRSS)."""
+    """Return the resident memory of the process now (VmRSS)."""
     return _status_bytes("VmRSS:")
 
 

@@ -1,4 +1,6 @@
-"""Every tensor of an export equals `PeftModel.from_pretrained(...).merge_and_unload()` bit for bit."""
+"""Every tensor of an export equals `PeftModel.from_pretrained(...).merge_and_unload()` bit for
+bit.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +103,9 @@ def test_modules_to_save(family: str, workshop: Any, same_bits: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-def test_two_adapters_one_after_the_other(dtype: torch.dtype, workshop: Any, same_bits: Any) -> None:
+def test_two_adapters_one_after_the_other(
+    dtype: torch.dtype, workshop: Any, same_bits: Any
+) -> None:
     base = workshop.base("llama", dtype)
     first = workshop.adapter(base, "first", target_modules=["q_proj", "down_proj", "embed_tokens"])
     second = workshop.adapter(base, "second", target_modules=LINEAR, use_rslora=True)
@@ -128,7 +132,11 @@ def test_resized_vocabulary(workshop: Any, same_bits: Any) -> None:
         model.resize_token_embeddings(101, mean_resizing=False)
 
     for name, family, options in (
-        ("saved", "llama", {"target_modules": LINEAR, "modules_to_save": ["embed_tokens", "lm_head"]}),
+        (
+            "saved",
+            "llama",
+            {"target_modules": LINEAR, "modules_to_save": ["embed_tokens", "lm_head"]},
+        ),
         ("targets", "llama", {"target_modules": ["embed_tokens", "lm_head"]}),
         ("plain", "llama", {"target_modules": LINEAR}),
         ("tied", "llama-tied", {"target_modules": LINEAR}),
@@ -190,5 +198,3 @@ def test_weighted_sum_is_one_rounding_of_the_fp64_sum(workshop: Any) -> None:
     wrong = merged[f"{name}.weight"] != total.to(torch.bfloat16)
     # where the fp64 sum lies within fp32 noise of a tie, one rounding may go the other way
     assert wrong.float().mean() < 0.001
-
-

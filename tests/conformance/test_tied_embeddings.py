@@ -1,4 +1,6 @@
-"""Tied models: the merge gives what the trained, unmerged model computes, where PEFT's own does not."""
+"""Tied models: the merge gives what the trained, unmerged model computes, where PEFT's own does
+not.
+"""
 
 from __future__ import annotations
 

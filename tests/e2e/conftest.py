@@ -32,7 +32,10 @@ class Case:
 
         shards: list[Arrays] = [
             {"model.embed_tokens.weight": values(VOCAB, HIDDEN)},
-            {f"model.layers.{n}.self_attn.q_proj.weight": values(HIDDEN, HIDDEN) for n in range(LAYERS)},
+            {
+                f"model.layers.{n}.self_attn.q_proj.weight": values(HIDDEN, HIDDEN)
+                for n in range(LAYERS)
+            },
         ]
         self.base.mkdir()
         names = [f"model-{n:05d}-of-00002.safetensors" for n in (1, 2)]

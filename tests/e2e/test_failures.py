@@ -159,7 +159,7 @@ def test_a_signal_ends_the_run_and_a_rerun_goes_on(
     program = tmp_path / "slow.py"
     program.write_text(
         "import sys, time\n"
-        "from streammerge.engine import export\n"
+        "import streammerge.engine.export as export\n"
         "real = export._Run.on_shard\n"
         "def slow(self, shard, nbytes):\n"
         "    real(self, shard, nbytes)\n"

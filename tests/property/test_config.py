@@ -21,7 +21,9 @@ KEYS = st.one_of(
 )
 VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), PRINTABLE),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(PRINTABLE, inner, max_size=3)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(PRINTABLE, inner, max_size=3)
+    ),
     max_leaves=5,
 )
 

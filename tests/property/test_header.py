@@ -1,4 +1,6 @@
-"""Headers: encoded ones read back, the safetensors library agrees both ways, and noise is refused."""
+"""Headers: encoded ones read back, the safetensors library agrees both ways, and noise is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,13 @@ from hypothesis import given, settings
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from streammerge.checkpoint.header import StoredTensor, TensorSpec, encode_header, parse_header, read_header
+from streammerge.checkpoint.header import (
+    StoredTensor,
+    TensorSpec,
+    encode_header,
+    parse_header,
+    read_header,
+)
 from streammerge.dtypes import Dtype
 from streammerge.errors import CheckpointError
 
@@ -26,7 +34,9 @@ TORCH = {Dtype.BOOL: torch.bool, Dtype.U8: torch.uint8, Dtype.I8: torch.int8, Dt
          Dtype.BF16: torch.bfloat16, Dtype.F32: torch.float32, Dtype.F64: torch.float64,
          Dtype.C64: torch.complex64, Dtype.F8_E4M3: torch.float8_e4m3fn,
          Dtype.F8_E5M2: torch.float8_e5m2}  # fmt: skip
-NAMES = st.text(min_size=1, max_size=20).filter(lambda name: name.isprintable() and name != "__metadata__")
+NAMES = st.text(min_size=1, max_size=20).filter(
+    lambda name: name.isprintable() and name != "__metadata__"
+)
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 
 
@@ -57,7 +67,9 @@ def test_encoded_header_reads_back(path: Path, wanted: list[TensorSpec]) -> None
 
 @settings(max_examples=50)
 @given(specs(list(TORCH)), st.randoms(use_true_random=False))
-def test_safetensors_loads_what_is_encoded(path: Path, wanted: list[TensorSpec], random: Any) -> None:
+def test_safetensors_loads_what_is_encoded(
+    path: Path, wanted: list[TensorSpec], random: Any
+) -> None:
     head, offsets = encode_header(wanted)
     data = random.randbytes(sum(spec.nbytes for spec in wanted))
     path.write_bytes(head + data)
@@ -73,18 +85,27 @@ def test_safetensors_loads_what_is_encoded(path: Path, wanted: list[TensorSpec],
 
 
 @settings(max_examples=50)
-@given(specs(list(TORCH)), st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=2))
+@given(
+    specs(list(TORCH)).filter(
+        bool
+    ),  # the library writes broken JSON for no tensor and empty metadata
+    st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=2),
+)
 def test_what_safetensors_saves_is_read_equal(
     path: Path, wanted: list[TensorSpec], metadata: dict[str, str]
 ) -> None:
     saved = {
-        spec.name: torch.arange(torch.Size(spec.shape).numel()).reshape(spec.shape).to(TORCH[spec.dtype])
+        spec.name: torch.arange(torch.Size(spec.shape).numel())
+        .reshape(spec.shape)
+        .to(TORCH[spec.dtype])
         for spec in wanted
     }
     save_file(saved, path, metadata=metadata)
     tensors, found = read_header(path)
     assert found == metadata
-    assert {t.name: (t.dtype, t.shape) for t in tensors} == {s.name: (s.dtype, s.shape) for s in wanted}
+    assert {t.name: (t.dtype, t.shape) for t in tensors} == {
+        s.name: (s.dtype, s.shape) for s in wanted
+    }
     whole = path.read_bytes()
     for stored in tensors:
         tensor = saved[stored.name]
@@ -141,7 +162,9 @@ def test_random_header_bytes_are_parsed_or_refused(raw: bytes) -> None:
 
 
 @given(specs([Dtype.F32, Dtype.BF16]).filter(bool), st.data())
-def test_one_changed_byte_never_escapes_the_error(wanted: list[TensorSpec], data: st.DataObject) -> None:
+def test_one_changed_byte_never_escapes_the_error(
+    wanted: list[TensorSpec], data: st.DataObject
+) -> None:
     head, _ = encode_header(wanted, alignment=1)
     raw = bytearray(head[8:])
     raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))

@@ -33,7 +33,9 @@ def test_number_below_one_is_refused(count: int) -> None:
         parse_bytes(count)
 
 
-@given(st.one_of(st.text(), st.floats(), st.integers(), st.none(), st.binary(), st.lists(st.none())))
+@given(
+    st.one_of(st.text(), st.floats(), st.integers(), st.none(), st.binary(), st.lists(st.none()))
+)
 def test_anything_gives_a_positive_size_or_a_value_error(value: object) -> None:
     with contextlib.suppress(ValueError):
         assert parse_bytes(value) > 0

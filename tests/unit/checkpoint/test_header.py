@@ -72,7 +72,11 @@ def test_every_dtype_of_the_format_is_read(path: Path, dtype: Dtype) -> None:
 def test_scalar_and_empty_tensors_are_read(path: Path) -> None:
     header = {"e": entry((2, 0, 3), 0, 0), "s": entry((), 0, 4), "z": entry((0,), 4, 4)}
     tensors = read_header(write(path, header, bytes(4)))[0]
-    assert [(t.name, t.nbytes, t.row_bytes) for t in tensors] == [("e", 0, 0), ("s", 4, 4), ("z", 0, 4)]
+    assert [(t.name, t.nbytes, t.row_bytes) for t in tensors] == [
+        ("e", 0, 0),
+        ("s", 4, 4),
+        ("z", 0, 4),
+    ]
 
 
 def test_header_padded_with_spaces_is_read(path: Path) -> None:
@@ -162,7 +166,9 @@ def test_metadata_must_be_a_map_of_strings(path: Path, metadata: object) -> None
     assert fault.got == repr(metadata)
 
 
-@pytest.mark.parametrize("name", ["", "a\nb", "a\x00", "\x1b[31m", "a\u202eb", "\ud800", "a\u2028b"])
+@pytest.mark.parametrize(
+    "name", ["", "a\nb", "a\x00", "\x1b[31m", "a\u202eb", "\ud800", "a\u2028b"]
+)
 def test_unprintable_name_is_refused(path: Path, name: str) -> None:
     fault = fault_of(write(path, {name: entry()}, bytes(8)))
     assert fault.what == "header holds an unprintable tensor name"
@@ -198,7 +204,21 @@ def test_unknown_dtype_is_refused(path: Path, dtype: object) -> None:
 
 @pytest.mark.parametrize(
     "shape",
-    [None, 2, "2", {}, [2.0], [True], [-2], ["2"], [None], [[2]], [1 << 63], [float("nan")], [1] * 65],
+    [
+        None,
+        2,
+        "2",
+        {},
+        [2.0],
+        [True],
+        [-2],
+        ["2"],
+        [None],
+        [[2]],
+        [1 << 63],
+        [float("nan")],
+        [1] * 65,
+    ],
 )
 def test_bad_shape_is_refused(path: Path, shape: object) -> None:
     fault = fault_of(write(path, {"t": entry(shape)}, bytes(8)))
@@ -265,7 +285,8 @@ def test_hole_before_the_first_tensor_is_refused(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "what"), [(7, "shard is truncated"), (0, "shard is truncated"), (9, "shard has bytes after its data")]
+    ("data", "what"),
+    [(7, "shard is truncated"), (0, "shard is truncated"), (9, "shard has bytes after its data")],
 )
 def test_file_of_another_size_is_refused(path: Path, data: int, what: str) -> None:
     write(path, {"t": entry()}, bytes(data))

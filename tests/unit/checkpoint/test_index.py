@@ -182,7 +182,9 @@ def test_missing_shard_is_named(make_folder: MakeFolder) -> None:
 
 
 def test_tensor_in_two_shards_is_refused(make_folder: MakeFolder) -> None:
-    folder = make_folder({ONE: {"a": [1.0]}, TWO: {"a": [2.0], "b": [1.0]}}, weight_map={"a": ONE, "b": TWO})
+    folder = make_folder(
+        {ONE: {"a": [1.0]}, TWO: {"a": [2.0], "b": [1.0]}}, weight_map={"a": ONE, "b": TWO}
+    )
     fault = fault_of(folder)
     assert fault.what == "tensor 'a' is stored twice"
     assert fault.where == f"{folder / ONE} and {folder / TWO}"

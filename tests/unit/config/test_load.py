@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from streammerge.config import load_config, parse_config, to_plain
 from streammerge.config import load as load_module
+from streammerge.config import load_config, parse_config, to_plain
 from streammerge.config.keys import NO_EFFECT_KEYS, REFUSED_KEYS, TRAINING_KEYS
 from streammerge.config.load import parse_overrides
 from streammerge.config.model import field_names
@@ -337,8 +337,10 @@ def test_yaml_and_json_mean_the_same(tmp_path: Path) -> None:
     text = json.dumps(values)
     (tmp_path / "c.json").write_text(text)
     (tmp_path / "c.yml").write_text(text)
-    assert load_config(tmp_path / "c.json") == load_config(str(tmp_path / "c.yml")) == parse(
-        adapter_name_or_path=["a", "b"], export_size=0.5, threads=1
+    assert (
+        load_config(tmp_path / "c.json")
+        == load_config(str(tmp_path / "c.yml"))
+        == parse(adapter_name_or_path=["a", "b"], export_size=0.5, threads=1)
     )
 
 
@@ -415,7 +417,11 @@ def test_duplicate_json_key_is_refused(tmp_path: Path) -> None:
     ("name", "text", "what"),
     [
         ("c.yaml", "a: [1\n", "configuration is not valid YAML"),
-        ("c.yaml", "a: !!python/object/apply:os.system ['true']\n", "configuration is not valid YAML"),
+        (
+            "c.yaml",
+            "a: !!python/object/apply:os.system ['true']\n",
+            "configuration is not valid YAML",
+        ),
         ("c.yaml", "a: 2024-13-45\n", "configuration is not valid YAML"),
         ("c.yaml", "? [a]\n: 1\n", "configuration is not valid YAML"),
         ("c.yaml", "a: " + "[" * 20_000, "configuration is not valid YAML"),
@@ -448,7 +454,9 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_huge_file_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load_module, "MAX_CONFIG_BYTES", 10)
-    assert load_fault(tmp_path / "c.yaml", "a: 1234567890").what == "configuration file is too large"
+    assert (
+        load_fault(tmp_path / "c.yaml", "a: 1234567890").what == "configuration file is too large"
+    )
 
 
 def test_fault_in_a_file_names_the_file(tmp_path: Path) -> None:
