@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 __all__ = ["parse_bytes"]
@@ -25,16 +26,15 @@ def parse_bytes(value: object, *, number_unit: int = 1) -> int:
     Raises:
         ValueError: It is not a size above zero.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        msg = "a size such as 5GB, 512MB or 1.5GiB is wanted"
+    size = 0.0
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        size = value * number_unit
+    elif isinstance(value, str):
+        match = _SIZE.fullmatch(value)
+        unit = _UNITS.get(match[2].upper(), 0) if match else 0
+        # a quoted number means what a bare one does
+        size = float(match[1]) * (unit if match[2] else number_unit) if match else 0.0
+    if not 1 <= size < math.inf:
+        msg = "a size of a byte or more, such as 5GB, 512MB or 1.5GiB"
         raise ValueError(msg)
-    match = _SIZE.fullmatch(str(value))
-    if match is None or match[2].upper() not in _UNITS:
-        msg = "a size such as 5GB, 512MB or 1.5GiB is wanted"
-        raise ValueError(msg)
-    unit = _UNITS[match[2].upper()] if match[2] else number_unit
-    size = round(float(match[1]) * unit)
-    if size <= 0:
-        msg = "a size above zero is wanted"
-        raise ValueError(msg)
-    return size
+    return round(size)

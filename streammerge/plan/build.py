@@ -415,8 +415,8 @@ class _Builder:
         is_classifier = adapter.config.task_type in {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}
         if is_classifier and not placed:
             self._notes.append(
-                f"{adapter.path} is a {adapter.config.task_type} adapter without a head: the merged "
-                "model has whatever head the base has"
+                f"{adapter.path} is a {adapter.config.task_type} adapter without a head: the "
+                "merged model has whatever head the base has"
             )
 
     def finish(self, options: PlanOptions) -> TensorPlans:

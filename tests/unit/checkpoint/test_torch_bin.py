@@ -376,12 +376,14 @@ def test_damaged_local_header_is_refused(path: Path) -> None:
     assert fault.where == f"archive/data/0 of {path}"
 
 
-def test_storage_class_is_torchs() -> None:
-    for dtype in DTYPES.values():
-        name = storage_class(dtype, name="t")
-        assert torch.zeros(0, dtype=getattr(torch, name).dtype).dtype == next(
-            key for key, value in DTYPES.items() if value is dtype
-        )
+@pytest.mark.parametrize(("kind", "dtype"), DTYPES.items())
+def test_storage_class_is_the_one_that_torch_pickles(
+    path: Path, kind: torch.dtype, dtype: Dtype
+) -> None:
+    torch.save({"t": torch.zeros(1, dtype=kind)}, path)
+    with zipfile.ZipFile(path) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
+        assert f"ctorch\n{storage_class(dtype, name='t')}\n".encode() in archive.read(name)
 
 
 def test_storage_class_refuses_what_the_format_lacks() -> None:
