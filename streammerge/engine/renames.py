@@ -20,25 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["transformers_renames"]
 
 TIMEOUT_SECONDS = 300
-_PROGRAM = """
-import json, logging, sys
-import torch, transformers
-from transformers import AutoConfig, conversion_mapping, core_model_loading as loading
-logging.disable(logging.CRITICAL)
-config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=False)
-known = [getattr(transformers, name, None) for name in config.architectures or []]
-with torch.device("meta"):
-    model = known[0](config) if known and known[0] else transformers.AutoModel.from_config(config)
-steps = conversion_mapping.get_model_conversion_mapping(model)
-renamings = [step for step in steps if isinstance(step, loading.WeightRenaming)]
-converters = [step for step in steps if isinstance(step, loading.WeightConverter)]
-state, names = model.state_dict(), {}
-for name in json.load(sys.stdin):
-    renamed, fused = loading.rename_source_key(name, renamings, converters, model.base_model_prefix,
-    state) if fused is None and renamed != name:
-        names[renamed] = name
-print(json.dumps(names))
-"""
 
 
 def transformers_renames(folder: Path, names: Iterable[str]) -> tuple[dict[str, str], str | None]:
@@ -54,8 +35,8 @@ def transformers_renames(folder: Path, names: Iterable[str]) -> tuple[dict[str, 
     if importlib.util.find_spec("transformers") is None:
         return {}, "transformers is not installed: its renames of layers are not known"
     try:
-        answer = subprocess.run(  # noqa: S603 (our own interpreter and program)
-            [sys.executable, "-c", _PROGRAM, str(folder)],
+        answer = subprocess.run(  # noqa: S603 (our own program)
+            [sys.executable, "-m", "streammerge.engine.inmemory_names", str(folder)],
             input=json.dumps(list(names)),
             capture_output=True,
             text=True,

@@ -166,3 +166,8 @@ def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tens
 @pytest.fixture
 def same_bits() -> Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor]], None]:
     return assert_same_bits
+
+
+@pytest.fixture
+def load_folder() -> Callable[[Path], dict[str, torch.Tensor]]:
+    return load_tensors

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 class MakeAdapter(Protocol):
     def __call__(
-        self, tensors: dict[str, torch.Tensor] | None = None, *, legacy: bool = False, **options: Any
+        self,
+        tensors: dict[str, torch.Tensor] | None = None,
+        *,
+        legacy: bool = False,
+        **options: Any,
     ) -> Path: ...
 
 

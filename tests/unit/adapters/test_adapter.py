@@ -75,12 +75,16 @@ def test_scaling_and_rank_follow_the_patterns(make_adapter: MakeAdapter) -> None
         alpha_pattern={"lm_head": 3},
         use_rslora=True,
     )
-    scalings = {module.module: (module.rank, module.scaling) for module in open_adapter(folder).modules}
+    scalings = {
+        module.module: (module.rank, module.scaling) for module in open_adapter(folder).modules
+    }
     assert scalings == {"model.layers.0.q_proj": (2, 4 / 2**0.5), "lm_head": (4, 1.5)}
 
 
 def test_embedding_is_opened(make_adapter: MakeAdapter) -> None:
-    folder = make_adapter({f"{EMBED}.lora_embedding_A": zeros(2, 9), f"{EMBED}.lora_embedding_B": zeros(4, 2)})
+    folder = make_adapter(
+        {f"{EMBED}.lora_embedding_A": zeros(2, 9), f"{EMBED}.lora_embedding_B": zeros(4, 2)}
+    )
     (module,) = open_adapter(folder).modules
     assert module.is_embedding
     assert (module.module, module.rank) == ("model.embed_tokens", 2)
@@ -127,7 +131,10 @@ def test_twins_are_set_aside(make_adapter: MakeAdapter) -> None:
     )
     adapter = open_adapter(folder)
     assert [r.tensor.name for r in adapter.replacements] == [f"{HEAD}.weight"]
-    assert sorted(adapter.twins) == [f"{HEAD}.modules_to_save.weight", f"{HEAD}.original_module.weight"]
+    assert sorted(adapter.twins) == [
+        f"{HEAD}.modules_to_save.weight",
+        f"{HEAD}.original_module.weight",
+    ]
     assert len(adapter.keys) == 3
 
 
@@ -148,7 +155,9 @@ def test_mergeable_dtypes_are_opened(make_adapter: MakeAdapter, dtype: torch.dty
 @pytest.mark.parametrize(
     ("dtype", "name"), [(torch.int8, Dtype.I8), (torch.float8_e4m3fn, Dtype.F8_E4M3)]
 )
-def test_other_dtypes_are_refused(make_adapter: MakeAdapter, dtype: torch.dtype, name: Dtype) -> None:
+def test_other_dtypes_are_refused(
+    make_adapter: MakeAdapter, dtype: torch.dtype, name: Dtype
+) -> None:
     fault = fault_of(make_adapter({A: zeros(2, 5), B: zeros(3, 2).to(dtype)}))
     assert fault.what == "adapter tensor has a dtype that cannot be merged"
     assert fault.got == name.value
@@ -161,9 +170,8 @@ def test_ungathered_shard_is_refused(
     make_adapter: MakeAdapter, key: str, shape: tuple[int, ...]
 ) -> None:
     fault = fault_of(make_adapter({**plain(), key: zeros(*shape)}))
-    assert fault.what == (
-        "adapter tensor is empty or flat: it was saved without gathering ZeRO-3 or FSDP shards"
-    )
+    assert fault.what.startswith("adapter tensor is empty or flat")
+    assert "ZeRO-3" in fault.what
     assert fault.got == f"shape {shape}"
     assert f"key '{key}'" in str(fault)
 
@@ -204,7 +212,9 @@ def test_convolution_is_refused(
         ([f"{Q}.lora_embedding_A", B], "module has the factors of an embedding and of a layer"),
     ],
 )
-def test_incomplete_module_is_refused(make_adapter: MakeAdapter, keys: list[str], what: str) -> None:
+def test_incomplete_module_is_refused(
+    make_adapter: MakeAdapter, keys: list[str], what: str
+) -> None:
     folder = make_adapter({key: zeros(2, 2) for key in keys})
     fault = fault_of(folder)
     assert fault.what == what

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     class MakeAdapter(Protocol):
-        def __call__(self, tensors: None = None, **options: Any) -> Path: ...
+        def __call__(self, tensors: Any = None, **options: Any) -> Path: ...
 
 
 UNSUPPORTED = {
@@ -96,9 +96,7 @@ def test_every_option_that_matters_is_read(make_adapter: MakeAdapter) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("rslora", "expected"), [(False, 24 / 9), (True, 24 / 3)]
-)
+@pytest.mark.parametrize(("rslora", "expected"), [(False, 24 / 9), (True, 24 / 3)])
 def test_scaling_divides_by_rank_or_its_root(
     make_adapter: MakeAdapter, *, rslora: bool, expected: float
 ) -> None:
@@ -156,9 +154,7 @@ def test_unsupported_option_that_is_off_passes(
 )
 def test_base_changing_init_is_refused(make_adapter: MakeAdapter, init: str) -> None:
     fault = fault_of(make_adapter(init_lora_weights=init))
-    assert fault.what == (
-        f"adapter starts from changed base weights (init_lora_weights: {init!r})"
-    )
+    assert fault.what == (f"adapter starts from changed base weights (init_lora_weights: {init!r})")
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "true"])
@@ -217,7 +213,9 @@ def test_bad_pattern_is_refused(make_adapter: MakeAdapter, key: str, value: obje
     assert fault_of(make_adapter(**{key: value})).what == f"bad {key}"
 
 
-@pytest.mark.parametrize("pattern", ["(?i)q_proj", "a{99999999999999999999}", "(" * 3000 + ")" * 3000])
+@pytest.mark.parametrize(
+    "pattern", ["(?i)q_proj", "a{99999999999999999999}", "(" * 3000 + ")" * 3000]
+)
 def test_pattern_that_cannot_be_used_is_an_adapter_error(
     make_adapter: MakeAdapter, pattern: str
 ) -> None:
@@ -263,7 +261,11 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 def test_config_that_peft_saves_is_read(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     saved = peft.LoraConfig(
-        r=3, lora_alpha=7, target_modules=["q_proj"], rank_pattern={"q_proj": 2}, task_type="CAUSAL_LM"
+        r=3,
+        lora_alpha=7,
+        target_modules=["q_proj"],
+        rank_pattern={"q_proj": 2},
+        task_type="CAUSAL_LM",
     )
     saved.save_pretrained(str(tmp_path))
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA"

@@ -83,9 +83,15 @@ def test_safetensors_win_over_their_bin_twins(make_folder: MakeFolder) -> None:
 
 def test_other_layouts_are_listed_and_not_opened(make_folder: MakeFolder) -> None:
     folder = make_folder({"model.safetensors": {"a": [1.0]}})
-    others = ["adapter_model.safetensors", "consolidated.00.safetensors", "consolidated.safetensors",
-              "model.fp16-00001-of-00002.safetensors", "model.fp16.safetensors", "training_args.bin",
-              "value_head.safetensors"]  # fmt: skip
+    others = [
+        "adapter_model.safetensors",
+        "consolidated.00.safetensors",
+        "consolidated.safetensors",
+        "model.fp16-00001-of-00002.safetensors",
+        "model.fp16.safetensors",
+        "training_args.bin",
+        "value_head.safetensors",
+    ]
     for name in others:
         (folder / name).write_bytes(b"not opened")
     (folder / "folder.safetensors").mkdir()
@@ -131,9 +137,25 @@ def test_bin_folder_takes_its_own_kind_alone_for_stray(make_folder: MakeFolder) 
 
 @pytest.mark.parametrize(
     "name",
-    ["../x.safetensors", "/etc/passwd", "sub/x.safetensors", "..\\x.safetensors", "a\\b", "", ".", "..",
-     "./x.safetensors", "x.safetensors/", "x/.", "a\nb", "a\x00b", 5, None, ["x"]],
-)  # fmt: skip
+    [
+        "../x.safetensors",
+        "/etc/passwd",
+        "sub/x.safetensors",
+        "..\\x.safetensors",
+        "a\\b",
+        "",
+        ".",
+        "..",
+        "./x.safetensors",
+        "x.safetensors/",
+        "x/.",
+        "a\nb",
+        "a\x00b",
+        5,
+        None,
+        ["x"],
+    ],
+)
 def test_index_that_leaves_its_folder_is_refused(make_folder: MakeFolder, name: object) -> None:
     folder = make_folder(SHARDS, weight_map={**MAP, "evil": name})
     fault = fault_of(folder)
@@ -177,7 +199,8 @@ def test_missing_shard_is_named(make_folder: MakeFolder) -> None:
     folder = make_folder(SHARDS, weight_map=MAP)
     (folder / TWO).unlink()
     assert str(fault_of(folder)) == (
-        f"shard is missing, in {folder / TWO}; model.safetensors.index.json names it: download it again"
+        f"shard is missing, in {folder / TWO}; model.safetensors.index.json names it: "
+        "download it again"
     )
 
 

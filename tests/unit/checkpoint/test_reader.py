@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from streammerge.checkpoint import reader as reader_module
 from streammerge.checkpoint.header import StoredTensor
 from streammerge.checkpoint.reader import BufferedReader, MappedReader, ReaderPool, open_reader
 from streammerge.dtypes import Dtype
 from streammerge.errors import CheckpointError
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 Mode = Literal["buffered", "mmap"]
 MODES: tuple[Mode, ...] = ("buffered", "mmap")
 DATA = bytes(i * 7 % 251 for i in range(4096 * 3 + 17))
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_buffered_reader_goes_on_after_a_short_read(
     def short(file: int, buffers: list[memoryview], offset: int) -> int:
         return whole(file, [buffers[0][:1000]], offset)
 
-    monkeypatch.setattr(reader_module.os, "preadv", short)
+    monkeypatch.setattr(os, "preadv", short)
     buffer = bytearray(5555)
     reader = BufferedReader(path)
     reader.read_into(3, memoryview(buffer))
@@ -99,7 +100,7 @@ def test_device_fault_is_a_checkpoint_error(path: Path, monkeypatch: pytest.Monk
         raise OSError(5, "Input/output error")
 
     reader = BufferedReader(path)
-    monkeypatch.setattr(reader_module.os, "preadv", fail)
+    monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(CheckpointError) as caught:
         reader.read_into(7, memoryview(bytearray(1)))
     reader.close()
@@ -133,11 +134,11 @@ def test_empty_file_cannot_be_mapped(tmp_path: Path) -> None:
 def test_pool_opens_a_file_once_and_closes_all(path: Path, tmp_path: Path, mode: Mode) -> None:
     other = tmp_path / "other"
     other.write_bytes(b"0123456789")
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     with ReaderPool(mode=mode) as pool:
         assert pool.reader(path) is pool.reader(path)
         assert pool.reader(path) is not pool.reader(other)
         buffer = bytearray(8)
         pool.read_tensor(StoredTensor("t", Dtype.I16, (2, 2), other, 1), memoryview(buffer))
         assert buffer == b"12345678"
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before

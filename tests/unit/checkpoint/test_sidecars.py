@@ -118,7 +118,11 @@ def test_extra_files_go_to_the_top_and_never_replace_the_config(base: Path, tmp_
 
 
 def write(
-    output: Path, files: tuple[Sidecar, ...], source: Path, edits: dict[str, Any], config: dict[str, Any]
+    output: Path,
+    files: tuple[Sidecar, ...],
+    source: Path,
+    edits: dict[str, Any],
+    config: dict[str, Any],
 ) -> int:
     return write_sidecars(
         output, Sidecars(files, ()), config_source=source, config_edits=edits, config=config
@@ -127,7 +131,9 @@ def write(
 
 def test_files_are_copied_byte_for_byte_into_their_folders(base: Path, output: Path) -> None:
     one, two = put(base, "a.py", "é\r\n"), put(base, "b/c/d.json", "{}")
-    total = write(output, (Sidecar("a.py", one), Sidecar("b/c/d.json", two)), base / "config.json", {}, {})
+    total = write(
+        output, (Sidecar("a.py", one), Sidecar("b/c/d.json", two)), base / "config.json", {}, {}
+    )
     assert (output / "a.py").read_bytes() == one.read_bytes()
     assert (output / "b/c/d.json").read_text() == "{}"
     assert total == 6
@@ -142,7 +148,14 @@ def test_config_without_edits_is_copied_byte_for_byte(base: Path, output: Path) 
 
 
 def test_edited_config_keeps_the_order_of_its_keys(base: Path, output: Path) -> None:
-    config = {"z": 1, "name": "é", "gone": 2, "inner": {"y": 1, "x": 2, "gone": 3}, "a": [1], "flat": 1}
+    config = {
+        "z": 1,
+        "name": "é",
+        "gone": 2,
+        "inner": {"y": 1, "x": 2, "gone": 3},
+        "a": [1],
+        "flat": 1,
+    }
     edits = {
         "a": [2],
         "gone": None,
@@ -187,7 +200,11 @@ def test_write_durably_returns_the_bytes_written(tmp_path: Path) -> None:
 
 def test_added_tokens_of_both_files_are_joined(tmp_path: Path) -> None:
     assert added_tokens(tmp_path) == {}
-    put(tmp_path, "tokenizer.json", '{"added_tokens": [{"id": 7, "content": "<a>", "special": true}]}')
+    put(
+        tmp_path,
+        "tokenizer.json",
+        '{"added_tokens": [{"id": 7, "content": "<a>", "special": true}]}',
+    )
     assert added_tokens(tmp_path) == {"<a>": 7}
     put(tmp_path, "added_tokens.json", '{"<b>": 8}')
     assert added_tokens(tmp_path) == {"<a>": 7, "<b>": 8}

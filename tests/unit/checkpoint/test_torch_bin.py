@@ -23,10 +23,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 DTYPES = {
-    torch.float64: Dtype.F64, torch.float32: Dtype.F32, torch.float16: Dtype.F16,
-    torch.bfloat16: Dtype.BF16, torch.int64: Dtype.I64, torch.int32: Dtype.I32, torch.int16: Dtype.I16,
-    torch.int8: Dtype.I8, torch.uint8: Dtype.U8, torch.bool: Dtype.BOOL,
-}  # fmt: skip
+    torch.float64: Dtype.F64,
+    torch.float32: Dtype.F32,
+    torch.float16: Dtype.F16,
+    torch.bfloat16: Dtype.BF16,
+    torch.int64: Dtype.I64,
+    torch.int32: Dtype.I32,
+    torch.int16: Dtype.I16,
+    torch.int8: Dtype.I8,
+    torch.uint8: Dtype.U8,
+    torch.bool: Dtype.BOOL,
+}
 # torch.save's way of writing one float32 tensor of three elements
 STORAGE = (
     b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x03tQ"
@@ -39,11 +46,8 @@ def path(tmp_path: Path) -> Path:
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:
-    return (
-        bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
-        if tensor.numel()
-        else b""
-    )
+    flat = tensor.detach().contiguous().reshape(-1)
+    return bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b""
 
 
 def assert_reads_equal(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -253,9 +257,13 @@ def test_hand_written_tensor_is_read(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("size", "offset"),
-    [(b"K\x04\x85", b"K\x00"), (b"K\x03\x85", b"K\x01"), (b"K\x03\x85", b"J\xff\xff\xff\xff"),
-     (b"J\xff\xff\xff\xff\x85", b"K\x00")],
-)  # fmt: skip
+    [
+        (b"K\x04\x85", b"K\x00"),
+        (b"K\x03\x85", b"K\x01"),
+        (b"K\x03\x85", b"J\xff\xff\xff\xff"),
+        (b"J\xff\xff\xff\xff\x85", b"K\x00"),
+    ],
+)
 def test_tensor_beyond_its_storage_is_refused(path: Path, size: bytes, offset: bytes) -> None:
     write_archive(path, one_tensor(size=size, offset=offset))
     assert fault_of(path).what == "tensor 't' reaches beyond its storage"

@@ -7,7 +7,7 @@ from __future__ import annotations
 import errno
 import os
 import zipfile
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,21 +19,32 @@ from streammerge.checkpoint.writer import SafetensorsWriter, TorchBinWriter, wri
 from streammerge.dtypes import Dtype
 from streammerge.errors import DiskSpaceError, ResourceError, UnsupportedError
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 TORCH = {
-    Dtype.F64: torch.float64, Dtype.F32: torch.float32, Dtype.F16: torch.float16,
-    Dtype.BF16: torch.bfloat16, Dtype.I64: torch.int64, Dtype.I32: torch.int32, Dtype.I16: torch.int16,
-    Dtype.I8: torch.int8, Dtype.U8: torch.uint8, Dtype.BOOL: torch.bool,
-}  # fmt: skip
+    Dtype.F64: torch.float64,
+    Dtype.F32: torch.float32,
+    Dtype.F16: torch.float16,
+    Dtype.BF16: torch.bfloat16,
+    Dtype.I64: torch.int64,
+    Dtype.I32: torch.int32,
+    Dtype.I16: torch.int16,
+    Dtype.I8: torch.int8,
+    Dtype.U8: torch.uint8,
+    Dtype.BOOL: torch.bool,
+}
 HEAD, _ = encode_header([TensorSpec("a", Dtype.U8, (10,))])
 
 
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def raw_bytes(tensor: torch.Tensor) -> bytes:
-    return (
-        bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
-    )
+    flat = tensor.detach().contiguous().reshape(-1)
+    return bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b""
 
 
 def write_bin(path: Path, tensors: dict[str, torch.Tensor], *, chunk: int) -> int:
@@ -60,19 +71,19 @@ def test_shard_has_its_temporary_name_until_it_is_finished(tmp_path: Path) -> No
     path = tmp_path / "m.safetensors"
     writer = SafetensorsWriter(path, head=HEAD)
     writer.write(len(HEAD), memoryview(bytes(10)))
-    assert os.listdir(tmp_path) == ["m.safetensors.partial"]
+    assert names(tmp_path) == ["m.safetensors.partial"]
     writer.finish()
-    assert os.listdir(tmp_path) == ["m.safetensors"]
+    assert names(tmp_path) == ["m.safetensors"]
 
 
 def test_aborted_shard_keeps_its_temporary_name_and_no_descriptor(tmp_path: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     SafetensorsWriter(tmp_path / "m.safetensors", head=HEAD).abort()
     writer = TorchBinWriter(tmp_path / "m.bin", specs=[TensorSpec("a", Dtype.U8, (10,))])
     writer.write(0, memoryview(b"01234"))
     writer.abort()
-    assert sorted(os.listdir(tmp_path)) == ["m.bin.partial", "m.safetensors.partial"]
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert names(tmp_path) == ["m.bin.partial", "m.safetensors.partial"]
+    assert open_files() == before
 
 
 def test_older_temporary_file_is_overwritten(tmp_path: Path) -> None:
@@ -96,7 +107,7 @@ def test_writer_goes_on_after_a_short_write(
     def short(file: int, data: memoryview, offset: int) -> int:
         return whole(file, data[:7], offset)
 
-    monkeypatch.setattr(writer_module.os, "pwrite", short)
+    monkeypatch.setattr(os, "pwrite", short)
     writer = SafetensorsWriter(tmp_path / "m.safetensors", head=HEAD)
     writer.write(len(HEAD), memoryview(b"0123456789"))
     writer.finish()
@@ -110,7 +121,7 @@ def test_write_back_starts_behind_the_writer(
     monkeypatch.setattr(writer_module, "WRITE_BEHIND_BYTES", 1000)
     writer = SafetensorsWriter(tmp_path / "m.safetensors", head=bytes(500))
     monkeypatch.setattr(
-        writer_module.os,
+        os,
         "posix_fadvise",
         lambda _file, start, size, _advice: ranges.append((start, size)),
     )
@@ -131,7 +142,7 @@ def test_full_disk_is_a_disk_space_error(
 
     path = tmp_path / "m.safetensors"
     writer = SafetensorsWriter(path, head=HEAD)
-    monkeypatch.setattr(writer_module.os, "pwrite", fail)
+    monkeypatch.setattr(os, "pwrite", fail)
     with pytest.raises(DiskSpaceError) as caught:
         writer.write(len(HEAD), memoryview(bytes(10)))
     writer.abort()
@@ -149,11 +160,11 @@ def test_full_disk_at_the_header_leaves_no_descriptor(
     def fail(*_args: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    before = len(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr(writer_module.os, "pwrite", fail)
+    before = open_files()
+    monkeypatch.setattr(os, "pwrite", fail)
     with pytest.raises(DiskSpaceError):
         SafetensorsWriter(tmp_path / "m.safetensors", head=HEAD)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before
 
 
 def test_other_write_faults_are_resource_errors(tmp_path: Path) -> None:
@@ -231,9 +242,9 @@ def test_same_tensors_give_the_same_legacy_bytes(tmp_path: Path) -> None:
 def test_legacy_shard_has_its_temporary_name_until_it_is_finished(tmp_path: Path) -> None:
     writer = TorchBinWriter(tmp_path / "m.bin", specs=[TensorSpec("a", Dtype.U8, (2,))])
     writer.write(0, memoryview(b"ab"))
-    assert os.listdir(tmp_path) == ["m.bin.partial"]
+    assert names(tmp_path) == ["m.bin.partial"]
     writer.finish()
-    assert os.listdir(tmp_path) == ["m.bin"]
+    assert names(tmp_path) == ["m.bin"]
 
 
 def test_legacy_shard_is_written_in_order(tmp_path: Path) -> None:
@@ -245,7 +256,7 @@ def test_legacy_shard_is_written_in_order(tmp_path: Path) -> None:
 
 
 def test_legacy_shard_refuses_a_dtype_without_storage_class(tmp_path: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     with pytest.raises(UnsupportedError, match="tensor 'a' cannot be stored in the legacy format"):
         TorchBinWriter(tmp_path / "m.bin", specs=[TensorSpec("a", Dtype.F8_E4M3, (9,))])
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from streammerge.config import ExportConfig, load_config, parse_config, to_plain
 from streammerge.config import load as load_module
-from streammerge.config import load_config, parse_config, to_plain
 from streammerge.config.keys import NO_EFFECT_KEYS, REFUSED_KEYS, TRAINING_KEYS
 from streammerge.config.load import parse_overrides
 from streammerge.config.model import field_names
@@ -17,7 +17,6 @@ from streammerge.errors import ConfigError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from streammerge.config import ExportConfig
 
 LEAST = {"model_name_or_path": "base", "export_dir": "out"}
 
@@ -80,6 +79,12 @@ def test_least_configuration_has_the_documented_defaults() -> None:
         "ignore_files": [],
     }
     assert config.notes == ()
+
+
+def test_null_names_are_none_of_them() -> None:
+    values = {"model_name_or_path": "m", "export_dir": "o", "adapter_name_or_path": None}
+    config = ExportConfig.model_validate(values)
+    assert config.adapter_name_or_path == ()
 
 
 def test_threads_default_to_a_positive_number() -> None:
@@ -239,8 +244,8 @@ def test_error_message_has_the_fixed_order() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config({**LEAST, "export_device": "gpu", "threads": 0}, where="x.yaml")
     assert str(caught.value) == (
-        "bad value for 'export_device', in x.yaml; expected input should be 'cpu', 'auto' or 'cuda'; "
-        "got 'gpu'; 1 more after this one"
+        "bad value for 'export_device', in x.yaml; expected input should be "
+        "'cpu', 'auto' or 'cuda'; got 'gpu'; 1 more after this one"
     )
 
 
@@ -266,18 +271,30 @@ def test_adapter_needs_lora(kind: str) -> None:
 @pytest.mark.parametrize(
     ("values", "start"),
     [
-        ({"quantization_bit": 4, "adapter_name_or_path": "a"}, "quantization_bit cannot be used with"),
+        (
+            {"quantization_bit": 4, "adapter_name_or_path": "a"},
+            "quantization_bit cannot be used with",
+        ),
         ({"quantization_bit": 4}, "quantization_bit: on-the-fly quantization is not exported"),
-        ({"export_quantization_bit": 4}, "export_quantization_bit needs export_quantization_dataset"),
-        ({"export_quantization_bit": 4, "export_quantization_dataset": ""},
-         "export_quantization_bit needs export_quantization_dataset"),
+        (
+            {"export_quantization_bit": 4},
+            "export_quantization_bit needs export_quantization_dataset",
+        ),
+        (
+            {"export_quantization_bit": 4, "export_quantization_dataset": ""},
+            "export_quantization_bit needs export_quantization_dataset",
+        ),
         ({"adapter_weights": [1.0]}, "adapter_weights has 1 numbers for 0 adapters"),
-        ({"adapter_name_or_path": "a,b", "adapter_weights": [1.0]},
-         "adapter_weights has 1 numbers for 2 adapters"),
-        ({"infer_dtype": "float16", "export_size": "keep"},
-         "export_size: keep cannot be used with infer_dtype"),
+        (
+            {"adapter_name_or_path": "a,b", "adapter_weights": [1.0]},
+            "adapter_weights has 1 numbers for 2 adapters",
+        ),
+        (
+            {"infer_dtype": "float16", "export_size": "keep"},
+            "export_size: keep cannot be used with infer_dtype",
+        ),
     ],
-)  # fmt: skip
+)
 def test_senseless_combination_is_refused(values: dict[str, Any], start: str) -> None:
     assert fault_of(**values).what.startswith(start)
 
