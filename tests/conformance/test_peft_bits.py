@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
+from streammerge.plan import memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -117,8 +120,6 @@ def test_two_adapters_one_after_the_other(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_adapter_files(dtype: torch.dtype, workshop: Any, same_bits: Any) -> None:
-    from safetensors.torch import load_file, save_file
-
     base = workshop.base("llama", torch.bfloat16)
     adapter = workshop.adapter(base, target_modules=LINEAR)
     path = adapter / "adapter_model.safetensors"
@@ -155,8 +156,6 @@ def test_resized_vocabulary(workshop: Any, same_bits: Any) -> None:
 def test_bits_do_not_depend_on_memory_or_reader(
     max_memory: str, io: str, workshop: Any, same_bits: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from streammerge.plan import memory
-
     # tiles of a few rows and products of four
     monkeypatch.setattr(memory, "SLAB_BYTES", 4096)
     monkeypatch.setattr(memory, "MIN_SLAB_BYTES", 4096)
@@ -183,8 +182,6 @@ def test_legacy_format_in_and_out(workshop: Any, same_bits: Any) -> None:
 
 
 def test_weighted_sum_is_one_rounding_of_the_fp64_sum(workshop: Any) -> None:
-    from safetensors.torch import load_file
-
     base = workshop.base("llama", torch.bfloat16)
     first = workshop.adapter(base, "first", target_modules=["q_proj"])
     second = workshop.adapter(base, "second", target_modules=["q_proj"], use_rslora=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.numpy import save_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 HIDDEN, VOCAB, LAYERS, RANK = 32, 64, 2, 4
 Arrays = dict[str, "np.ndarray[tuple[int, ...], np.dtype[np.float32]]"]
@@ -87,8 +89,6 @@ def case(tmp_path: Path) -> Case:
 @pytest.fixture
 def run_cli() -> Callable[..., tuple[int, str, str]]:
     """Run the command line in a process of its own: exit code, stdout, stderr."""
-    import subprocess
-    import sys
 
     def run(*arguments: object, **options: object) -> tuple[int, str, str]:
         done = subprocess.run(

@@ -1,0 +1,127 @@
+"""What differs between model families."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from streammerge.plan.family import Embeddings, find_embeddings, is_conv1d, is_declared_tied
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, None),
+        ({"tie_word_embeddings": True}, True),
+        ({"tie_word_embeddings": False}, False),
+        ({"tie_word_embeddings": None}, None),
+        ({"text_config": {"tie_word_embeddings": True}}, True),
+        ({"text_config": {"tie_word_embeddings": False}}, False),
+        ({"text_config": {}}, None),
+        ({"text_config": None}, None),
+        ({"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}, False),
+    ],
+)
+def test_declared_ties(config: dict[str, Any], expected: bool | None) -> None:
+    assert is_declared_tied(config) is expected
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "is_tied"),
+    [
+        ([EMBED, HEAD], {}, False),
+        ([EMBED], {}, True),
+        ([EMBED], {"tie_word_embeddings": False}, False),
+        ([EMBED, HEAD], {"tie_word_embeddings": True}, True),
+        ([EMBED, HEAD], {"tie_word_embeddings": False}, False),
+        ([EMBED], {"text_config": {"tie_word_embeddings": False}}, False),
+    ],
+)
+def test_tied_if_declared_or_without_a_head(
+    names: list[str], config: dict[str, Any], is_tied: bool
+) -> None:
+    assert find_embeddings(names, config=config) == Embeddings(EMBED, HEAD, is_tied)
+
+
+def test_a_model_without_an_embedding_is_not_tied() -> None:
+    assert find_embeddings(["a.weight"], config={"tie_word_embeddings": True}) == Embeddings(
+        None, HEAD, is_tied=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "source", "head"),
+    [
+        (["transformer.wte.weight", "transformer.wpe.weight"], "transformer.wte.weight", HEAD),
+        (["wte.weight"], "wte.weight", HEAD),
+        (
+            ["gpt_neox.embed_in.weight", "embed_out.weight"],
+            "gpt_neox.embed_in.weight",
+            "embed_out.weight",
+        ),
+        (["transformer.word_embeddings.weight"], "transformer.word_embeddings.weight", HEAD),
+        (["tok_embeddings.weight", "output_layer.weight"], "tok_embeddings.weight",
+         "output_layer.weight"),
+        (
+            ["language_model.model.embed_tokens.weight"],
+            "language_model.model.embed_tokens.weight",
+            "language_model.lm_head.weight",
+        ),
+        (
+            ["language_model.model.embed_tokens.weight", "language_model.lm_head.weight"],
+            "language_model.model.embed_tokens.weight",
+            "language_model.lm_head.weight",
+        ),
+        (
+            ["model.language_model.embed_tokens.weight", "model.visual.embed_tokens.weight"],
+            "model.language_model.embed_tokens.weight",
+            HEAD,
+        ),
+    ],
+)  # fmt: skip
+def test_embeddings_of_families(names: list[str], source: str, head: str) -> None:
+    found = find_embeddings(names, config={})
+    assert (found.input, found.output) == (source, head)
+
+
+@pytest.mark.parametrize(
+    "tower", ["vision_tower", "visual", "audio_tower", "encoder", "talker", "mtp", "speech"]
+)
+def test_other_towers_are_not_the_language_model(tower: str) -> None:
+    other = f"{tower}.embed_tokens.weight"
+    assert find_embeddings([other], config={}).input is None
+    assert find_embeddings([other, f"model.{EMBED}"], config={}).input == f"model.{EMBED}"
+
+
+def test_the_outermost_embedding_is_meant() -> None:
+    names = ["model.a.b.embed_tokens.weight", EMBED, "model.aa.embed_tokens.weight"]
+    assert find_embeddings(names, config={}).input == EMBED
+
+
+def test_names_that_only_end_alike_are_not_embeddings() -> None:
+    assert find_embeddings(["model.my_embed_tokens.weight"], config={}).input is None
+
+
+@pytest.mark.parametrize(
+    ("model_type", "module", "expected"),
+    [
+        ("gpt2", "transformer.h.0.attn.c_attn", True),
+        ("gpt2", "c_proj", True),
+        ("imagegpt", "h.0.mlp.c_fc", True),
+        ("decision_transformer", "h.0.q_attn", True),
+        ("gpt2", "lm_head", False),
+        ("gpt2", "h.0.attn.c_attn.inner", False),
+        ("gpt_bigcode", "h.0.attn.c_attn", False),
+        ("llama", "c_attn", False),
+        (None, "c_attn", False),
+    ],
+)
+def test_conv1d(model_type: str | None, module: str, expected: bool) -> None:
+    assert is_conv1d(module, config={"model_type": model_type}) is expected
+
+
+def test_no_config_no_conv1d() -> None:
+    assert is_conv1d("c_attn", config={}) is False
