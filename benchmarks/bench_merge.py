@@ -1,6 +1,6 @@
 """Compare whole merges: streammerge against PEFT's merge_and_unload + save_pretrained.
 
-Each side runs in a process of its own, in turn, on a base whose pages are dropped from the cache first.
+Each side runs in a process of its own, in turn, on a base that is dropped from the page cache first.
 Wall time and peak resident memory are those of the process, imports included.
 
     python benchmarks/bench_merge.py --size 2 --runs 3
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import shutil
@@ -146,7 +147,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
-        base, adapter = make_case(folder, arguments.size)
+        # in a process of its own: what this one holds counts as its children's peak when they start
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            base, adapter = pool.apply(make_case, (folder, arguments.size))
         output = folder / "merged"
         ours = [
             sys.executable, "-m", "streammerge", "export", f"model_name_or_path={base}",

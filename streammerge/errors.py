@@ -79,7 +79,9 @@ class StreamMergeError(Exception):
             parts.append(f"got {self.got}")
         if self.hint is not None:
             parts.append(self.hint)
-        return "; ".join(parts).replace("\n", " ")
+        text = "; ".join(parts)
+        # one line, and nothing that a terminal would take for a command
+        return "".join(char if char.isprintable() else " " for char in text)
 
 
 class ConfigError(StreamMergeError, ValueError):

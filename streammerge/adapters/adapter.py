@@ -150,6 +150,8 @@ def _build_module(name: str, found: dict[Role, StoredTensor], config: AdapterCon
             expected=f"{'a' if config.use_dora else 'no'} lora_magnitude_vector",
         )
     for vector in (magnitude, b_bias):
+        if vector is not None:
+            _check_dtype(vector)
         if vector is not None and vector.shape != (b.shape[0],):
             raise AdapterError(
                 "vector does not fit lora_B",
@@ -169,13 +171,7 @@ def _check_factors(a: StoredTensor, b: StoredTensor, *, where: str, rank: int) -
                 got=f"shape {tensor.shape}",
                 hint="consolidate the training checkpoint (zero_to_fp32), save the adapter again",
             )
-        if not tensor.dtype.is_mergeable:
-            raise AdapterError(
-                "adapter tensor has a dtype that cannot be merged",
-                where=f"key '{tensor.name}' of {tensor.path}",
-                expected="F16, BF16, F32 or F64",
-                got=tensor.dtype.value,
-            )
+        _check_dtype(tensor)
     if len(a.shape) != 2 or len(b.shape) != 2:
         raise AdapterError(
             "adapter is on a convolution, which is not merged by this version",
@@ -190,4 +186,14 @@ def _check_factors(a: StoredTensor, b: StoredTensor, *, where: str, rank: int) -
             expected=f"r = {rank}",
             got=f"lora_A {a.shape}, lora_B {b.shape}",
             hint="adapter_config.json belongs to another adapter?",
+        )
+
+
+def _check_dtype(tensor: StoredTensor) -> None:
+    if not tensor.dtype.is_mergeable:
+        raise AdapterError(
+            "adapter tensor has a dtype that cannot be merged",
+            where=f"key '{tensor.name}' of {tensor.path}",
+            expected="F16, BF16, F32 or F64",
+            got=tensor.dtype.value,
         )

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["AdapterConfig", "read_adapter_config"]
 
+# of ranks and alphas; NaN and Inf are above it too
+MAX_NUMBER = 1e9
 # options of LoRA that need more than W + scaling * B @ A, each with the way out
 _UNSUPPORTED_OPTIONS = {
     "alora_invocation_tokens": "an activated LoRA depends on the prompt and has no merged form",
@@ -158,11 +160,14 @@ def _unknown_options(raw: dict[str, Any], path: Path) -> tuple[str, ...]:
     return tuple(notes)
 
 
+# PEFT's rule (peft.utils.other.get_pattern_key): a pattern matches the whole path, or its end after
+# a dot; the first one in the order of the file wins
+_PATTERN = r"(.*\.)?({})$"
+
+
 def _first_match(patterns: dict[str, Any], module: str, default: Any) -> Any:
-    # PEFT's rule (peft.utils.other.get_pattern_key): the first pattern, in the order of the file,
-    # that matches the whole path or its end after a dot
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if re.match(_PATTERN.format(pattern), module):
             return value
     return default
 
@@ -170,7 +175,8 @@ def _first_match(patterns: dict[str, Any], module: str, default: Any) -> Any:
 def _number(raw: dict[str, Any], key: str, path: Path, *, whole: bool, default: int | None) -> Any:
     value = raw.get(key, default)
     kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or (whole and value < 1):
+    is_number = isinstance(value, kinds) and not isinstance(value, bool)
+    if value is None or not is_number or not abs(value) <= MAX_NUMBER or (whole and value < 1):
         raise AdapterError(
             f"bad {key}",
             where=path,
@@ -186,8 +192,8 @@ def _pattern(raw: dict[str, Any], key: str, path: Path, *, whole: bool) -> dict[
         raise AdapterError(f"bad {key}", where=path, expected="a map", got=repr(patterns)[:80])
     for pattern in patterns:
         try:
-            re.compile(pattern)
-        except re.error as error:
+            re.compile(_PATTERN.format(pattern))
+        except (re.error, OverflowError, RecursionError) as error:
             raise AdapterError(f"bad {key}", where=path, got=f"{pattern!r}: {error}") from error
         _number(patterns, pattern, path, whole=whole, default=None)
     return patterns

@@ -109,13 +109,12 @@ def _strip(key: str) -> str:
     name = key
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
-    stripped = True
-    while stripped:
-        stripped = False
-        for prefix in _LEADING:
-            if name.startswith(prefix):
-                name, stripped = name.removeprefix(prefix), True
-    return name
+    while True:
+        # the longest first: what is left of `base_model.model.` must not be taken for `base_model.`
+        prefix = next((prefix for prefix in _LEADING if name.startswith(prefix)), None)
+        if prefix is None:
+            return name
+        name = name.removeprefix(prefix)
 
 
 def _parse_factor(key: str, match: re.Match[str]) -> AdapterKey:

@@ -197,17 +197,17 @@ def _check_length(path: Path, *, length: int, file_bytes: int) -> None:
 
 def _load_json(raw: bytes, *, path: Path) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(f"header holds '{twice}' twice", where=path)
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise CheckpointError(f"header holds '{name}' twice", where=path)
+            found[name] = value
         return found
 
     if not raw.startswith(b"{"):
         raise CheckpointError("header is not a JSON object", where=path)
     try:
-        entries = json.loads(raw, object_pairs_hook=unique)
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise

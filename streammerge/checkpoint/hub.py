@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = ["HubOptions", "push_folder", "resolve_folder"]
-
-from dataclasses import dataclass
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # never needed for a merge, and often larger than the model itself
@@ -43,13 +42,12 @@ def resolve_folder(name: str, *, options: HubOptions, skip: Sequence[str] = ()) 
     Raises:
         InputError: It is neither a folder nor a reachable hub id.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = _find_folder(name)
+    if folder is not None:
         return folder
-    if folder.is_absolute() or not _HUB_ID.fullmatch(name):
+    if Path(name).is_absolute() or not _HUB_ID.fullmatch(name):
         raise InputError("folder does not exist", where=name, hint="check the path")
     from huggingface_hub import snapshot_download  # noqa: PLC0415 (slow import, rarely needed)
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
 
     try:
         return Path(
@@ -62,7 +60,7 @@ def resolve_folder(name: str, *, options: HubOptions, skip: Sequence[str] = ()) 
                 ignore_patterns=[*_NOT_FETCHED, *skip],
             )
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except Exception as error:
         hint = "check the path, the hub id, hf_hub_token and the network"
         if options.local_files_only:
             hint = "check the path, or fetch it into the cache first (export does)"
@@ -72,6 +70,15 @@ def resolve_folder(name: str, *, options: HubOptions, skip: Sequence[str] = ()) 
         ) from error
 
 
+def _find_folder(name: str) -> Path | None:
+    try:
+        folder = Path(name).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError):
+        # no such user's home, or a name longer than a file system takes
+        return None
+
+
 def push_folder(folder: Path, *, repo_id: str, token: str | None) -> str:
     """Upload a finished checkpoint to the hub and return its address.
 
@@ -79,13 +86,12 @@ def push_folder(folder: Path, *, repo_id: str, token: str | None) -> str:
         ResourceError: The upload failed; the local checkpoint is complete.
     """
     from huggingface_hub import HfApi  # noqa: PLC0415 (slow import, rarely needed)
-    from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
 
     api = HfApi(token=token)
     try:
         api.create_repo(repo_id, exist_ok=True)
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:
         raise ResourceError(
             f"cannot push to the hub ({error})",
             where=repo_id,

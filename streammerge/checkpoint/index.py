@@ -38,6 +38,7 @@ _INDEX = {
 # other layouts of the same weights that loaders of the hub layout do not open: Mistral's and Meta's
 # `consolidated*`, hub variants (`model.fp16-00001-of-00002.safetensors`), an adapter kept beside
 _OTHER_LAYOUTS = ("consolidated*", "adapter_model*", "value_head*")
+MAX_NAME_BYTES = 255  # what Linux file systems take
 _VARIANT = re.compile(r"model\.[A-Za-z0-9_]+(-\d{5}-of-\d{5})?\.safetensors")
 
 
@@ -155,6 +156,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 def _is_plain_name(name: str) -> bool:
     return (
         name.isprintable()
+        and len(name.encode()) <= MAX_NAME_BYTES
         and "\\" not in name
         and name not in {"", ".", ".."}
         and PurePosixPath(name).name == name

@@ -90,6 +90,8 @@ class MappedReader:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes at `offset`."""
+        if not len(buffer):
+            return
         # a page beyond the end of a file that shrank kills the process when touched: look first
         size, end = os.fstat(self._file).st_size, offset + len(buffer)
         if end > size:

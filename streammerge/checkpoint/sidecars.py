@@ -93,10 +93,20 @@ def added_tokens(folder: Path) -> dict[str, int]:
     tokenizer, legacy = folder / "tokenizer.json", folder / "added_tokens.json"
     if tokenizer.exists():
         entries = read_json_object(tokenizer, error=CheckpointError).get("added_tokens") or []
+        if not isinstance(entries, list) or not all(map(_is_token, entries)):
+            raise CheckpointError("added_tokens is malformed", where=tokenizer)
         found.update({entry["content"]: entry["id"] for entry in entries})
     if legacy.exists():
         found.update(read_json_object(legacy, error=CheckpointError))
     return found
+
+
+def _is_token(entry: object) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("content"), str)
+        and isinstance(entry.get("id"), int)
+    )
 
 
 def write_sidecars(
@@ -124,7 +134,7 @@ def write_sidecars(
     target = folder / "config.json"
     if config_edits:
         edited = _merge_edits(config, config_edits)
-        total += write_durably(target, json.dumps(edited, indent=2, ensure_ascii=False) + "\n")
+        total += write_durably(target, _to_json(edited))
     elif config_source.exists():
         with writing(target):
             shutil.copyfile(config_source, target)
@@ -140,6 +150,20 @@ def write_durably(path: Path, text: str) -> int:
         file.flush()
         os.fsync(file.fileno())
     return len(raw)
+
+
+def _to_json(value: dict[str, Any]) -> str:
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    # half a surrogate pair, which JSON may hold as an escape, has no UTF-8 form
+    return text if text.isascii() or _is_encodable(text) else json.dumps(value, indent=2) + "\n"
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _merge_edits(config: dict[str, Any], edits: dict[str, Any]) -> dict[str, Any]:

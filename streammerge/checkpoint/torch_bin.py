@@ -18,6 +18,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoint.header import StoredTensor
+from streammerge.checkpoint.pickle_check import check_pickle
 from streammerge.dtypes import Dtype
 from streammerge.errors import CheckpointError, UnsupportedError
 
@@ -69,8 +70,15 @@ class _OrderedDict(OrderedDict[str, Any]):
 
 
 def _rebuild_tensor(
-    storage: _Storage, offset: int, size: Any, stride: Any, *_ignored: object
+    storage: _Storage, offset: int, size: Any, stride: Any, *rest: object
 ) -> _Tensor:
+    # after requires_grad and hooks comes metadata: bits that say conjugated or negated
+    if len(rest) > 2 and rest[2]:
+        msg = "a tensor of it is a conjugated or negated view"
+        raise pickle.UnpicklingError(msg)
+    if not all(type(number) is int for number in (offset, *size, *stride)):
+        msg = "a shape of it is not of whole numbers"
+        raise pickle.UnpicklingError(msg)
     return _Tensor(storage, offset, tuple(size), tuple(stride))
 
 
@@ -112,21 +120,7 @@ def read_torch_bin(path: Path) -> list[StoredTensor]:
             that is not contiguous.
     """
     try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            members = {info.filename: info for info in archive.infolist()}
-            pickles = [name for name in members if name.endswith("/data.pkl")]
-            if len(pickles) != 1 or members[pickles[0]].file_size > _MAX_PICKLE_BYTES:
-                raise CheckpointError(".bin file has no usable data.pkl", where=path)
-            root = pickles[0].removesuffix("data.pkl")
-            order = members.get(root + "byteorder")
-            if order is not None and archive.read(order).strip() != b"little":
-                raise CheckpointError(".bin file is big-endian", where=path)
-            state = _StateDictUnpickler(io.BytesIO(archive.read(pickles[0]))).load()
-            found = _named_tensors(state, path=path)
-            places = {
-                key: _data_offset(file, members, f"{root}data/{key}", path)
-                for key in {tensor.storage.key for tensor in found.values()}
-            }
+        stored = _read_archive(path)
     except OSError as error:
         raise CheckpointError(f"cannot read the file ({error.strerror})", where=path) from error
     except zipfile.BadZipFile as error:
@@ -135,8 +129,7 @@ def read_torch_bin(path: Path) -> list[StoredTensor]:
             where=path,
             hint="download it again, or load and save it once with a current torch",
         ) from error
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, KeyError,
-            IndexError, struct.error) as error:  # fmt: skip
+    except Exception as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
@@ -144,8 +137,28 @@ def read_torch_bin(path: Path) -> list[StoredTensor]:
             where=path,
             hint="load it with torch.load(weights_only=True) and save it as safetensors",
         ) from error
-    stored = [_place(name, tensor, places, path) for name, tensor in found.items()]
     return sorted(stored, key=lambda tensor: tensor.offset)
+
+
+def _read_archive(path: Path) -> list[StoredTensor]:
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        members = {info.filename: info for info in archive.infolist()}
+        pickles = [name for name in members if name.endswith("/data.pkl")]
+        if len(pickles) != 1 or members[pickles[0]].file_size > _MAX_PICKLE_BYTES:
+            raise CheckpointError(".bin file has no usable data.pkl", where=path)
+        root = pickles[0].removesuffix("data.pkl")
+        order = members.get(root + "byteorder")
+        if order is not None and (order.file_size > 16 or archive.read(order) != b"little"):
+            raise CheckpointError(".bin file is big-endian", where=path)
+        raw = archive.read(pickles[0])
+        check_pickle(raw)
+        state = _StateDictUnpickler(io.BytesIO(raw)).load()
+        found = _named_tensors(state, path=path)
+        places = {
+            key: _data_offset(file, members, f"{root}data/{key}", path)
+            for key in {tensor.storage.key for tensor in found.values()}
+        }
+        return [_place(name, tensor, places, path) for name, tensor in found.items()]
 
 
 def _named_tensors(state: object, *, path: Path) -> dict[str, _Tensor]:
@@ -182,7 +195,7 @@ def _place(
 ) -> StoredTensor:
     dtype, expected_stride = tensor.storage.dtype, 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride), strict=True):
-        if size not in {0, 1} and stride != expected_stride:
+        if tensor.shape.count(0) == 0 and size != 1 and stride != expected_stride:
             raise CheckpointError(
                 f"tensor '{name}' is not contiguous",
                 where=path,

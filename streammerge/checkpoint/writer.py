@@ -69,7 +69,11 @@ class SafetensorsWriter:
         self._started = self._dropped = 0
         with writing(path):
             self._file = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        self.write(0, memoryview(head))
+        try:
+            self.write(0, memoryview(head))
+        except BaseException:
+            self.abort()
+            raise
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write `data` at `offset`."""
@@ -115,11 +119,17 @@ class TorchBinWriter:
         self._sizes = [spec.nbytes for spec in specs]
         self._next = self._left = self._position = 0
         self._member: IO[bytes] | None = None
+        pickled = encode_state_dict(specs)
         with writing(path):
             self._file = self._partial.open("wb")
-            self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
-            self._archive.writestr(_member("archive/data.pkl"), encode_state_dict(specs))
-            self._archive.writestr(_member("archive/byteorder"), "little")
+        self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
+        try:
+            with writing(path):
+                self._archive.writestr(_member("archive/data.pkl"), pickled)
+                self._archive.writestr(_member("archive/byteorder"), "little")
+        except BaseException:
+            self.abort()
+            raise
 
     def write(self, offset: int, data: memoryview) -> None:
         """Append `data`, which must continue where the last write ended."""

@@ -36,6 +36,8 @@ def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[An
     seen = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)
+        if not isinstance(key, str):
+            raise ConfigError("a key is not text", where=f"line {key_node.start_mark.line + 1}")
         if key in seen:
             raise ConfigError(
                 f"key '{key}' is given twice", where=f"line {key_node.start_mark.line + 1}"
@@ -45,6 +47,15 @@ def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[An
 
 
 _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ConfigError(f"key '{key}' is given twice", where="its JSON")
+        found[key] = value
+    return found
 
 
 def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> ExportConfig:
@@ -121,7 +132,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             )
         try:
             values[key.replace("-", "_")] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"value of '{key}' is not valid YAML", got=repr(text)) from error
     return values
 
@@ -142,7 +153,11 @@ def _read_file(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError("configuration is not UTF-8 text", where=path) from error
     try:
-        values = json.loads(text) if path.suffix == ".json" else yaml.load(text, _UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+        values = (
+            json.loads(text, object_pairs_hook=_unique_pairs)
+            if path.suffix == ".json"
+            else yaml.load(text, _UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+        )
     except ConfigError as error:
         raise ConfigError(error.what, where=f"{path}, {error.where}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -84,6 +84,8 @@ ShardTile = CopyTile | MergeTile
 
 def split_rows(begin: int, end: int, step: int) -> list[tuple[int, int]]:
     """Divide rows into ranges of `step`; a tail too short for exact bits joins the last one."""
+    if begin == end:
+        return []
     edges = list(range(begin, end, step))
     if len(edges) > 1 and end - edges[-1] < MIN_TILE_ROWS:
         edges.pop()

@@ -144,7 +144,7 @@ def test_targets_are_cut_into_whole_rows(items: Items, spare: int) -> None:
         assert end == rows
 
 
-@given(st.integers(0, 50), st.integers(0, 300), st.integers(1, 60))
+@given(st.integers(0, 50), st.integers(1, 300), st.integers(1, 60))
 def test_split_rows_covers_the_range(begin: int, count: int, step: int) -> None:
     end = begin + count
     parts = split_rows(begin, end, step)

@@ -440,14 +440,14 @@ def test_duplicate_json_key_is_refused(tmp_path: Path) -> None:
             "configuration is not valid YAML",
         ),
         ("c.yaml", "a: 2024-13-45\n", "configuration is not valid YAML"),
-        ("c.yaml", "? [a]\n: 1\n", "configuration is not valid YAML"),
+        ("c.yaml", "? [a]\n: 1\n", "a key is not text"),
         ("c.yaml", "a: " + "[" * 20_000, "configuration is not valid YAML"),
         ("c.json", "{", "configuration is not valid JSON"),
         ("c.json", "[" * 200_000, "configuration is not valid JSON"),
         ("c.json", "a: 1", "configuration is not valid JSON"),
         ("c.yaml", "", "configuration is not a map of keys"),
         ("c.yaml", "- a\n", "configuration is not a map of keys"),
-        ("c.yaml", "1: a\n", "configuration is not a map of keys"),
+        ("c.yaml", "1: a\n", "a key is not text"),
         ("c.json", "[]", "configuration is not a map of keys"),
         ("c.yaml", b"\xff\xfe\xff", "configuration is not UTF-8 text"),
     ],
@@ -457,7 +457,7 @@ def test_file_that_is_not_a_configuration_is_refused(
 ) -> None:
     fault = load_fault(tmp_path / name, text)
     assert fault.what == what
-    assert fault.where == str(tmp_path / name)
+    assert str(fault.where).startswith(str(tmp_path / name))
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

@@ -96,9 +96,7 @@ def test_fp64_targets_compute_in_eight_bytes() -> None:
 
 
 def test_a_scalar_and_a_bias_are_targets_too() -> None:
-    scalar = TensorPlan(
-        "s", Dtype.BF16, stored("s", Dtype.F32), ApplyTerms(Dtype.F32, ()), "cast"
-    )
+    scalar = TensorPlan("s", Dtype.BF16, stored("s", Dtype.F32), ApplyTerms(Dtype.F32, ()), "cast")
     bias = TensorPlan(
         "b",
         Dtype.BF16,

@@ -1,0 +1,103 @@
+"""The whole plan, in numbers and as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from streammerge.checkpoint.header import StoredTensor
+from streammerge.checkpoint.sidecars import Sidecar, Sidecars
+from streammerge.dtypes import Dtype
+from streammerge.plan.build import TensorPlans
+from streammerge.plan.layout import lay_out
+from streammerge.plan.memory import plan_memory
+from streammerge.plan.merge_plan import MergePlan
+from streammerge.plan.ops import ApplyTerms, BiasTerm, CopyBytes, LoraTerm, TensorPlan
+
+
+def stored(name: str, dtype: Dtype, *shape: int) -> StoredTensor:
+    return StoredTensor(name, dtype, shape, Path("x"), 0)
+
+
+def example() -> MergePlan:
+    term = LoraTerm(
+        stored("a", Dtype.F32, 2, 6),
+        stored("b", Dtype.F32, 4, 2),
+        0.5,
+        is_transposed=False,
+        rounds_delta=False,
+    )
+    source = stored("w", Dtype.BF16, 4, 6)
+    tensors = (
+        TensorPlan("norm", Dtype.F32, stored("norm", Dtype.F32, 4), CopyBytes(), "copied"),
+        TensorPlan("w", Dtype.F32, source, ApplyTerms(Dtype.BF16, (term,)), "merged"),
+        TensorPlan("new", Dtype.BF16, stored("new", Dtype.BF16, 3), CopyBytes(), "added"),
+    )
+    contents = TensorPlans(tensors, {"vocab_size": 9}, 9, 2, {"exact": 1}, ())
+    return MergePlan(
+        base=Path("base"),
+        adapters=(Path("one"), Path("two")),
+        output=Path("out"),
+        layout="safetensors",
+        numerics="peft",
+        contents=contents,
+        shards=lay_out(tensors, max_shard_bytes=None, layout="safetensors"),
+        sidecars=Sidecars((Sidecar("tokenizer.json", Path("base/tokenizer.json")),), ("x.pt",)),
+        memory=plan_memory(tensors, max_memory=10**10),
+        base_config={},
+        notes=("a note",),
+    )
+
+
+def test_bytes_are_counted() -> None:
+    plan = example()
+    assert plan.bytes_read == 16 + 48 + 6 + (48 + 32)
+    assert plan.bytes_written == 4096 + 16 + 96 + 6
+    assert plan.tensors == plan.contents.tensors
+    assert [tensor.name for tensor in plan.targets] == ["w", "new"]
+
+
+def test_description_is_json_and_complete() -> None:
+    plan = example()
+    described = json.loads(json.dumps(plan.describe()))
+    assert described == {
+        "base": "base",
+        "adapters": ["one", "two"],
+        "output_dir": "out",
+        "format": "safetensors",
+        "numerics": "peft",
+        "tensors_total": 3,
+        "tensors_changed": 2,
+        "tensors_copied": 1,
+        "adapter_tensors_used": 2,
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "predicted_peak_bytes": plan.memory.predicted_peak_bytes,
+        "least_memory_bytes": plan.memory.least_bytes,
+        "shards": [{"name": "model.safetensors", "bytes": plan.bytes_written, "tensors": 3}],
+        "targets": [
+            {
+                "name": "w",
+                "change": "merged",
+                "dtype": "F32",
+                "shape": [4, 6],
+                "scalings": [0.5],
+            },
+            {"name": "new", "change": "added", "dtype": "BF16", "shape": [3]},
+        ],
+        "names": {"exact": 1},
+        "config_edits": {"vocab_size": 9},
+        "sidecars": ["tokenizer.json"],
+        "not_copied": ["x.pt"],
+        "notes": ["a note"],
+    }
+
+
+def test_records_say_what_they_hold() -> None:
+    _, merged, added = example().tensors
+    assert merged.shape == (4, 6)
+    assert merged.nbytes == 96
+    assert (merged.spec.name, merged.spec.dtype, merged.spec.shape) == ("w", Dtype.F32, (4, 6))
+    assert added.terms == ()
+    vector = stored("v", Dtype.F32, 4)
+    assert BiasTerm(vector, 1.0).factors == (vector,)
