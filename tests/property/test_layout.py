@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def _number(name: str) -> int:
 def test_shards_are_filled_greedily(tensors: list[TensorPlan], limit: int) -> None:
     shards = lay_out(tensors, max_shard_bytes=limit, layout="safetensors")
     by_name = {t.name: t for t in tensors}
-    for shard, following in zip(shards, shards[1:], strict=False):
+    for shard, following in itertools.pairwise(shards):
         first = min((p.tensor.name for p in following.tensors), key=_number)
         assert shard.data_bytes + by_name[first].nbytes > limit
 

@@ -388,10 +388,16 @@ def test_a_listed_head_is_added_at_the_end_in_the_main_dtype() -> None:
 
 
 def test_a_nested_module_of_a_listed_head_is_added() -> None:
-    part = whole("classifier.inner.norm.weight", (3,))
+    part = whole("classifier.inner.dense.weight", (3,))
     plans = plan(checkpoint(), adapter(part, modules_to_save=("classifier",)))
-    assert changes(plans) == {"classifier.inner.norm.weight": "added"}
+    assert changes(plans) == {"classifier.inner.dense.weight": "added"}
     assert plans.tensors[-1].op == CopyBytes()
+
+
+def test_a_layer_of_a_listed_head_never_replaces_a_tensor_of_the_base() -> None:
+    part = whole("classifier.norm.weight", (DIM,))
+    plans = plan(checkpoint(), adapter(part, modules_to_save=("classifier",)))
+    assert changes(plans) == {"classifier.norm.weight": "added"}
 
 
 @pytest.mark.parametrize(
@@ -428,8 +434,10 @@ def test_a_second_adapter_finds_the_head_that_the_first_added() -> None:
 @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
 def test_a_classifier_without_a_head_is_noted(task: str) -> None:
     assert plan(checkpoint(), adapter(module(), task_type=task)).notes == (
-        f"{ADAPTER} is a {task} adapter without a head: the merged model has whatever head the "
-        "base has",
+        (
+            f"{ADAPTER} is a {task} adapter without a head: the merged model has whatever head the "
+            "base has"
+        ),
     )
 
 
