@@ -1,7 +1,6 @@
 """Compare whole merges: streammerge against PEFT's merge_and_unload + save_pretrained.
 
 Each side runs in a process of its own, in turn; the base is dropped from the page cache before.
-
 Wall time and peak resident memory are those of the process, imports included.
 
     python benchmarks/bench_merge.py --size 2 --runs 3

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import ConfigError, PlanError
+from streammerge.plan.config_edits import edit_config
 from streammerge.plan.family import find_embeddings, is_conv1d, is_declared_tied
 from streammerge.plan.match import Match, NameResolver
 from streammerge.plan.ops import ApplyTerms, BiasTerm, CopyBytes, LoraTerm, TensorPlan
@@ -424,14 +425,14 @@ class _Builder:
         tensors = tuple(
             _finish_slot(name, slot, options.output_dtype) for name, slot in self._slots.items()
         )
-        edits: dict[str, Any] = {}
         rows = self._vocabulary_rows()
-        if rows is not None:
-            _set_in_sections(edits, self._base.config, "vocab_size", value=rows)
-        if self._heads_differ and is_declared_tied(self._base.config) is not False:
-            _set_in_sections(edits, self._base.config, "tie_word_embeddings", value=False)
-        if options.output_dtype is not None and any(t.change == "cast" for t in tensors):
-            _set_dtype(edits, self._base.config, options.output_dtype)
+        edits = edit_config(
+            self._base.config,
+            tensors,
+            vocabulary_rows=rows,
+            unties=self._heads_differ and is_declared_tied(self._base.config) is not False,
+            output_dtype=options.output_dtype,
+        )
         return TensorPlans(
             tensors, edits, rows, len(self._used), dict(self._matches), tuple(self._notes)
         )
@@ -479,27 +480,6 @@ def _is_same_head(path: str, head: str) -> bool:
 def _ancestors(module: str) -> list[str]:
     parts = module.split(".")
     return [".".join(parts[: count + 1]) for count in range(len(parts))]
-
-
-def _set_in_sections(
-    edits: dict[str, Any], config: Mapping[str, Any], key: str, *, value: object
-) -> None:
-    """Set a key where a config keeps it: at the root, and in the language model's own section."""
-    section = config.get("text_config")
-    if isinstance(section, dict):
-        edits.setdefault("text_config", {})[key] = value
-    if key in config or not isinstance(section, dict) or key == "tie_word_embeddings":
-        edits[key] = value
-
-
-def _set_dtype(edits: dict[str, Any], config: Mapping[str, Any], dtype: Dtype) -> None:
-    name = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[dtype.value]
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    edits[key] = name
-    for section in ("text_config", "vision_config", "audio_config"):
-        nested = config.get(section)
-        if isinstance(nested, dict) and key in nested:
-            edits.setdefault(section, {})[key] = name
 
 
 def _check_quantized(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptions) -> None:

@@ -421,6 +421,13 @@ def test_a_base_copy_is_never_a_new_head() -> None:
         plan(checkpoint(), adapter(part, modules_to_save=("score",)))
 
 
+def test_an_integer_tensor_of_a_new_head_keeps_its_bytes() -> None:
+    part = whole("score.num_batches_tracked", (), Dtype.I64)
+    plans = plan(checkpoint(), adapter(part, modules_to_save=("score",)))
+    assert plans.tensors[-1].op == CopyBytes()
+    assert plans.tensors[-1].dtype is Dtype.I64
+
+
 def test_a_second_adapter_finds_the_head_that_the_first_added() -> None:
     first = adapter(whole("score.weight", (DIM, DIM)), modules_to_save=("score",))
     second = adapter(module("score"), path=Path("adapters/two"))
@@ -640,6 +647,12 @@ def test_a_base_without_embeddings_is_left_alone() -> None:
     plans = plan(checkpoint({f"{Q}.weight": (DIM, DIM)}, {}), adapter(module()))
     assert changes(plans) == {f"{Q}.weight": "merged"}
     assert plans.config_edits == {}
+
+
+def test_a_classifier_is_given_no_language_model_head() -> None:
+    config = {"architectures": ["LlamaForSequenceClassification"]}
+    base = checkpoint({EMBED: (VOCAB, DIM), "score.weight": (3, DIM)}, config)
+    assert changes(plan(base, adapter(embedding()))) == {EMBED: "merged"}
 
 
 # vocabulary
