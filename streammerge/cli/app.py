@@ -103,9 +103,9 @@ def inspect(
 @app.command()
 def version() -> None:
     """Print the version."""
-    from importlib.metadata import version as installed
+    from streammerge import __version__
 
-    typer.echo(installed("streammerge"))
+    typer.echo(__version__)
 
 
 def main() -> None:

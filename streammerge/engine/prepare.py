@@ -64,7 +64,12 @@ def prepare(
     if not config.use_kv_cache:
         contents.config_edits["use_cache"] = False
     layout: Layout = "torch_bin" if config.export_legacy_format else "safetensors"
-    shards = lay_out(contents.tensors, max_shard_bytes=config.max_shard_bytes, layout=layout)
+    shards = lay_out(
+        contents.tensors,
+        max_shard_bytes=config.max_shard_bytes,
+        layout=layout,
+        base_shards={name: tensor.path for name, tensor in base.tensors.items()},
+    )
     memory = plan_memory(contents.tensors, max_memory=config.max_memory, baseline=baseline)
     sidecars, notes = _sidecars(config, base, adapters, contents)
     unused = [

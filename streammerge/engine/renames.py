@@ -43,7 +43,12 @@ def transformers_renames(folder: Path, names: Iterable[str]) -> tuple[dict[str, 
             timeout=TIMEOUT_SECONDS,
             check=True,
         )
-        return dict(json.loads(answer.stdout.splitlines()[-1])), None
+        renames = json.loads(answer.stdout.splitlines()[-1])
+        if not isinstance(renames, dict):
+            return {}, "transformers could not name the layers (it gave no map)"
+    except subprocess.CalledProcessError as error:
+        lines = str(error.stderr or error).strip().splitlines()
+        return {}, f"transformers could not name the layers ({lines[-1]})"
     except (subprocess.SubprocessError, ValueError, IndexError) as error:
-        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        return {}, f"transformers could not name the layers ({lines[-1] if lines else error})"
+        return {}, f"transformers could not name the layers ({error})"
+    return renames, None

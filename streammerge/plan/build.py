@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from streammerge.errors import ConfigError, PlanError
 from streammerge.plan.config_edits import edit_config
 from streammerge.plan.family import find_embeddings, is_conv1d, is_declared_tied
-from streammerge.plan.match import Match, NameResolver
+from streammerge.plan.match import WRAPPER_PREFIXES, Match, NameResolver
 from streammerge.plan.ops import ApplyTerms, BiasTerm, CopyBytes, LoraTerm, TensorPlan
 
 if TYPE_CHECKING:
@@ -109,7 +109,8 @@ class _Builder:
         self._slots = {name: _Slot(t, t.dtype) for name, t in base.tensors.items()}
         self._embeddings = find_embeddings(base.tensors, config=base.config)
         self._heads_differ = False
-        self._used: set[tuple[str, str]] = set()
+        self._used: set[str] = set()
+        self._used_before = 0
         self._matches: dict[str, int] = {}
         self._notes: list[str] = []
 
@@ -117,21 +118,22 @@ class _Builder:
 
     def add_adapter(self, adapter: Adapter, *, weight: float) -> None:
         """Apply one adapter on top of what stands."""
+        self._used_before += len(self._used)
+        self._used = set()
         placed, modules, missing = self._place(adapter)
         if missing:
             raise self._unmatched(adapter, missing)
         skipped = self._untie(adapter, placed, modules)
         for name, replacement in placed.items():
-            self._use(adapter, replacement.tensor)
+            self._use(replacement.tensor)
             if name not in skipped:
                 self._replace(name, replacement)
         for name, module in modules.items():
             if name in skipped:
-                self._use(adapter, module.a, module.b)
+                self._use(module.a, module.b)
             else:
                 self._add_module(adapter, name, module, weight=weight)
-        for key in adapter.twins:
-            self._used.add((str(adapter.path), key))
+        self._used.update(adapter.twins)
         self._check_ledger(adapter)
         self._note_adapter(adapter, placed)
 
@@ -143,22 +145,28 @@ class _Builder:
         modules: dict[str, LoraModule] = {}
         missing: list[tuple[str, str]] = []
         for replacement in adapter.replacements:
-            match = self._find(replacement.path) or self._added(adapter, replacement)
+            # a new head may end like some tensor of the base: its own name is asked for first
+            path = replacement.path
+            match = (
+                self._find_known(path)
+                or self._added(adapter, replacement)
+                or self._resolver.find(path)
+            )
             if match is None:
                 missing.append((replacement.tensor.name, replacement.path))
             else:
                 self._take(placed, match, replacement, key=replacement.tensor.name)
         for module in adapter.modules:
             path = f"{module.module}.weight"
-            match = self._find(path)
+            match = self._find_known(path) or self._resolver.find(path)
             if match is None:
                 missing.append((module.a.name, path))
             else:
                 self._take(modules, match, module, key=module.a.name)
         return placed, modules, missing
 
-    def _find(self, path: str) -> Match | None:
-        match = self._resolver.find_direct(path)
+    def _find_known(self, path: str) -> Match | None:
+        match = self._resolver.find_known(path)
         if match is None and path in self._slots:
             # a tensor that an adapter before this one added
             return Match(path, "exact")
@@ -168,7 +176,7 @@ class _Builder:
             and _is_same_head(path, self._embeddings.output)
         ):
             return Match(self._embeddings.output, "exact")
-        return match or self._resolver.find(path)
+        return match
 
     def _take(self, into: dict[str, Any], match: Match, value: object, *, key: str) -> None:
         if match.name in into:
@@ -188,7 +196,9 @@ class _Builder:
         is_listed = any(
             part.endswith(tuple(adapter.config.modules_to_save)) for part in _ancestors(module)
         )
-        is_new = not any(name == root or name.startswith(root + ".") for name in self._slots)
+        is_new = root not in WRAPPER_PREFIXES and not any(
+            name == root or name.startswith(root + ".") for name in self._slots
+        )
         if replacement.is_base_copy or not adapter.config.modules_to_save or not is_listed:
             return None
         return Match(replacement.path, "exact") if is_new else None
@@ -267,7 +277,8 @@ class _Builder:
     def _replace(self, name: str, replacement: Replacement) -> None:
         tensor, slot = replacement.tensor, self._slots.get(name)
         if slot is None:
-            self._slots[name] = _Slot(tensor, self._base.main_dtype, "added")
+            dtype = self._base.main_dtype if tensor.dtype.is_mergeable else tensor.dtype
+            self._slots[name] = _Slot(tensor, dtype, "added")
             return
         is_vocabulary = name in {self._embeddings.input, self._embeddings.output}
         fits = tensor.shape == slot.source.shape or (
@@ -318,11 +329,11 @@ class _Builder:
             )
         )
         slot.change = slot.change if slot.change == "added" else "merged"
-        self._use(adapter, module.a, module.b, module.magnitude)
+        self._use(module.a, module.b, module.magnitude)
         if module.b_bias is not None:
-            self._add_bias(adapter, name, module, weight=weight)
+            self._add_bias(name, module, weight=weight)
 
-    def _add_bias(self, adapter: Adapter, name: str, module: LoraModule, *, weight: float) -> None:
+    def _add_bias(self, name: str, module: LoraModule, *, weight: float) -> None:
         vector = module.b_bias
         assert vector is not None
         bias = name.removesuffix("weight") + "bias"
@@ -338,7 +349,7 @@ class _Builder:
         self._check_mergeable(bias, slot)
         slot.terms.append(BiasTerm(vector, module.scaling * weight))
         slot.change = "merged"
-        self._use(adapter, vector)
+        self._use(vector)
 
     def _is_conv1d(self, adapter: Adapter, module: LoraModule) -> bool:
         if is_conv1d(module.module, config=self._base.config):
@@ -387,13 +398,13 @@ class _Builder:
 
     # the ledger and the result
 
-    def _use(self, adapter: Adapter, *tensors: StoredTensor | None) -> None:
+    def _use(self, *tensors: StoredTensor | None) -> None:
         for tensor in tensors:
             if tensor is not None:
-                self._used.add((str(adapter.path), tensor.name))
+                self._used.add(tensor.name)
 
     def _check_ledger(self, adapter: Adapter) -> None:
-        left = [key for key in adapter.keys if (str(adapter.path), key) not in self._used]
+        left = [key for key in adapter.keys if key not in self._used]
         if left:
             raise PlanError(
                 f"{len(left)} adapter tensors were not used, the first is '{left[0]}'",
@@ -434,7 +445,12 @@ class _Builder:
             output_dtype=options.output_dtype,
         )
         return TensorPlans(
-            tensors, edits, rows, len(self._used), dict(self._matches), tuple(self._notes)
+            tensors,
+            edits,
+            rows,
+            self._used_before + len(self._used),
+            dict(self._matches),
+            tuple(self._notes),
         )
 
     def _vocabulary_rows(self) -> int | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from streammerge.plan.ops import ApplyTerms
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -41,9 +43,13 @@ def edit_config(
     if unties:
         _set_in_sections(edits, config, "tie_word_embeddings", value=False)
     edits.update(_label_edits(config, tensors))
-    if output_dtype is not None and any(tensor.change == "cast" for tensor in tensors):
+    if output_dtype is not None and any(_is_cast(tensor) for tensor in tensors):
         _set_dtype(edits, config, output_dtype)
     return edits
+
+
+def _is_cast(tensor: TensorPlan) -> bool:
+    return isinstance(tensor.op, ApplyTerms) and tensor.op.work_dtype is not tensor.dtype
 
 
 def _label_edits(config: Mapping[str, Any], tensors: Sequence[TensorPlan]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,20 @@ _CONV1D_LAYERS = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 # module names of the input embedding, and of the output head that may share its tensor
 _INPUT_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 _OUTPUT_HEADS = ("lm_head", "embed_out", "output_layer")
+# classes that end in a head over the vocabulary; classifiers and bare models have none
+_LANGUAGE_MODEL = re.compile(r"LM$|LMHead|ForConditionalGeneration|ForImageTextToText|Generation")
 # towers that bring embeddings of their own; the language model's are meant
-_OTHER_TOWERS = ("vision", "visual", "audio", "encoder.", "talker", "mtp.", "speech")
+# BERT-like encoders (`embeddings.word_embeddings`) tie their head by other names
+_OTHER_TOWERS = (
+    "embeddings.word",
+    "vision",
+    "visual",
+    "audio",
+    "encoder.",
+    "talker",
+    "mtp.",
+    "speech",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +73,13 @@ def find_embeddings(names: Collection[str], *, config: Mapping[str, Any]) -> Emb
     head = _find(names, _OUTPUT_HEADS)
     declared = is_declared_tied(config)
     is_tied = source is not None and (declared is True or (declared is None and head is None))
-    return Embeddings(source, head or _head_name(source), is_tied)
+    return Embeddings(source, head or _head_name(source), is_tied and _has_head(config))
+
+
+def _has_head(config: Mapping[str, Any]) -> bool:
+    """Whether the model's class has an output head; assumed where config.json names no class."""
+    classes = config.get("architectures") or []
+    return not classes or any(_LANGUAGE_MODEL.search(str(name)) for name in classes)
 
 
 def _find(names: Collection[str], modules: tuple[str, ...]) -> str | None:

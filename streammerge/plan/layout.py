@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from streammerge.checkpoint.header import encode_header
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from streammerge.plan.ops import TensorPlan
@@ -45,7 +45,11 @@ class ShardPlan:
 
 
 def lay_out(
-    tensors: Sequence[TensorPlan], *, max_shard_bytes: int | None, layout: Layout
+    tensors: Sequence[TensorPlan],
+    *,
+    max_shard_bytes: int | None,
+    layout: Layout,
+    base_shards: Mapping[str, Path] | None = None,
 ) -> tuple[ShardPlan, ...]:
     """Divide tensors into shards, in their order.
 
@@ -54,8 +58,13 @@ def lay_out(
         max_shard_bytes: Most bytes of tensors in a shard; a larger tensor gets a shard of its own.
             None keeps the base's own division: a new shard where the source file changes.
         layout: The format of the files.
+        base_shards: Where the base has each tensor, for its own division.
     """
-    groups = _keep(tensors) if max_shard_bytes is None else _fill(tensors, max_shard_bytes)
+    groups = (
+        _keep(tensors, base_shards or {})
+        if max_shard_bytes is None
+        else _fill(tensors, max_shard_bytes)
+    )
     return tuple(
         _place(group, name=_shard_name(number, len(groups), layout), layout=layout)
         for number, group in enumerate(groups, start=1)
@@ -85,12 +94,13 @@ def _fill(tensors: Sequence[TensorPlan], max_shard_bytes: int) -> list[list[Tens
     return groups
 
 
-def _keep(tensors: Sequence[TensorPlan]) -> list[list[TensorPlan]]:
+def _keep(tensors: Sequence[TensorPlan], base_shards: Mapping[str, Path]) -> list[list[TensorPlan]]:
     groups: list[list[TensorPlan]] = []
     current: Path | None = None
     for tensor in tensors:
-        # a replaced tensor stays with its neighbours: only a change of base shard begins a new one
-        home = current if tensor.change in {"replaced", "added"} else tensor.source.path
+        # a tensor that the base does not have stays with its neighbours
+        is_new = tensor.change in {"replaced", "added"}
+        home = base_shards.get(tensor.name, current if is_new else tensor.source.path)
         if not groups or (home != current and current is not None):
             groups.append([])
         current = home

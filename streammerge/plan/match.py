@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["Match", "NameResolver"]
+__all__ = ["WRAPPER_PREFIXES", "Match", "NameResolver"]
 
 How = Literal["exact", "prefix", "renamed", "suffix"]
 # what wraps the layers of a bare model; each may be missing on either side
-_PREFIXES = (
+WRAPPER_PREFIXES = (
     "model", "transformer", "base_model", "bert", "roberta", "gpt_neox", "decoder",
     "language_model", "backbone",
 )  # fmt: skip
@@ -52,19 +52,21 @@ class NameResolver:
         if path in self.names:
             return Match(path, "exact")
         head, _, rest = path.partition(".")
-        candidates = {rest} if head in _PREFIXES else set()
-        candidates.update(f"{prefix}.{path}" for prefix in _PREFIXES)
+        candidates = {rest} if head in WRAPPER_PREFIXES else set()
+        candidates.update(f"{prefix}.{path}" for prefix in WRAPPER_PREFIXES)
         found = sorted(candidates & self.names)
         return Match(found[0], "prefix") if len(found) == 1 else None
 
     def find(self, path: str) -> Match | None:
         """Match in any way; None if nothing, or more than one tensor, answers."""
+        return self.find_known(path) or self._find_suffix(path)
+
+    def find_known(self, path: str) -> Match | None:
+        """Match in any way but by a suffix."""
         match = self.find_direct(path)
-        if match is not None:
-            return match
-        if path in self.renames:
+        if match is None and path in self.renames:
             return Match(self.renames[path], "renamed")
-        return self._find_suffix(path)
+        return match
 
     def nearest(self, path: str, *, count: int = 3) -> list[str]:
         """Return the base tensors whose names look most like a path."""
@@ -80,7 +82,13 @@ class NameResolver:
         candidates = self._by_last.get(_tail(path), [])
         for start in range(1, last_start + 1):
             end = "." + ".".join(parts[start:])
-            found = [name for name in candidates if f".{name}".endswith(end)]
+            # what the longer name has before the path must not be a layer the path does not name
+            found = [
+                name
+                for name in candidates
+                if f".{name}".endswith(end)
+                and not any(part.isdigit() for part in name.removesuffix(end[1:]).split("."))
+            ]
             if found:
                 return Match(found[0], "suffix") if len(found) == 1 else None
         return None

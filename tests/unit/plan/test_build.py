@@ -854,7 +854,12 @@ def test_kept_shards_are_those_of_the_base_whatever_is_replaced() -> None:
     }
     base = replace(base, tensors=tensors)
     plans = plan(base, adapter(whole(f"{Q}.weight", (DIM, DIM))))
-    shards = lay_out(plans.tensors, max_shard_bytes=None, layout="safetensors")
+    shards = lay_out(
+        plans.tensors,
+        max_shard_bytes=None,
+        layout="safetensors",
+        base_shards={name: tensor.path for name, tensor in base.tensors.items()},
+    )
     assert [[p.tensor.name for p in shard.tensors] for shard in shards] == [
         [EMBED],
         [f"{Q}.weight"],
