@@ -90,8 +90,10 @@ class ExportConfig(BaseModel):
     """One factor per adapter: merge their weighted sum instead of one after the other."""
     overwrite: bool = False
     """Replace a non-empty `export_dir`."""
-    threads: Annotated[int, Field(gt=0)] = Field(default_factory=lambda: os.cpu_count() or 1)
-    """Threads of the arithmetic."""
+    threads: Annotated[int, Field(gt=0)] = Field(
+        default_factory=lambda: len(os.sched_getaffinity(0))
+    )
+    """Threads of the arithmetic; by default the cores that the process may use."""
     io: Literal["auto", "buffered", "mmap"] = "auto"
     """How weight files are read."""
     allow_nonfinite: bool = False
