@@ -65,7 +65,7 @@ def build_plan(config: ExportConfig | Mapping[str, Any] | str | Path) -> MergePl
     """
     settings = _to_config(config)
     plan = prepare(settings, local_only=True)
-    check_output(plan.output, inputs=_inputs(plan), overwrite=settings.overwrite)
+    _check_output(plan, settings)
     return plan
 
 
@@ -85,7 +85,7 @@ def export(
     settings = _to_config(config)
     # open, match, lay out: every fault of the inputs shows here, before torch and before any write
     plan = prepare(settings)
-    check_output(plan.output, inputs=_inputs(plan), overwrite=settings.overwrite)
+    _check_output(plan, settings)
     _check_disk(plan)
     backend = select_backend(
         numerics=plan.numerics, threads=settings.threads, scratch_bytes=plan.memory.scratch_bytes
@@ -231,8 +231,13 @@ def _to_config(config: ExportConfig | Mapping[str, Any] | str | Path) -> ExportC
     return load_config(config) if isinstance(config, (str, Path)) else parse_config(config)
 
 
-def _inputs(plan: MergePlan) -> list[Path]:
-    return [path.resolve() for path in (plan.base, *plan.adapters)]
+def _check_output(plan: MergePlan, settings: ExportConfig) -> None:
+    check_output(
+        plan.output,
+        base=plan.base.resolve(),
+        adapters=[path.resolve() for path in plan.adapters],
+        overwrite=settings.overwrite,
+    )
 
 
 def _check_disk(plan: MergePlan) -> None:

@@ -31,14 +31,15 @@ _LOCK = ".lock"
 _JOURNAL = ".journal"
 
 
-def check_output(output: Path, *, inputs: Iterable[Path], overwrite: bool) -> None:
-    """Refuse an output folder that is taken, or that holds or lies inside an input.
+def check_output(output: Path, *, base: Path, adapters: Iterable[Path], overwrite: bool) -> None:
+    """Refuse an output folder that is taken, holds an input, or lies inside the base.
 
     Raises:
         OutputExistsError: The folder cannot be used.
     """
-    for source in inputs:
-        if output == source or output in source.parents or source in output.parents:
+    for source in (base, *adapters):
+        is_inside = source is base and source in output.parents
+        if output == source or output in source.parents or is_inside:
             raise OutputExistsError(
                 "export_dir and an input share a folder: the inputs are never written to",
                 where=output,

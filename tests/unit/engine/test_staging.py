@@ -180,19 +180,20 @@ def test_what_a_finished_publication_left_is_removed(tmp_path: Path) -> None:
 
 
 def test_output_must_be_free_and_apart_from_the_inputs(tmp_path: Path) -> None:
-    output, source = tmp_path / "out", tmp_path / "in"
-    check_output(output, inputs=[source], overwrite=False)
-    for taken in (source, source / "below", tmp_path):
+    output, source, adapter = tmp_path / "out", tmp_path / "in", tmp_path / "lora"
+    check_output(output, base=source, adapters=[adapter], overwrite=False)
+    for taken in (source, source / "below", adapter, tmp_path):
         with pytest.raises(OutputExistsError, match="share a folder"):
-            check_output(taken, inputs=[source], overwrite=True)
+            check_output(taken, base=source, adapters=[adapter], overwrite=True)
+    check_output(adapter / "merged", base=source, adapters=[adapter], overwrite=False)
     output.mkdir()
-    check_output(output, inputs=[source], overwrite=False)
+    check_output(output, base=source, adapters=[adapter], overwrite=False)
     (output / "file").write_text("x")
     with pytest.raises(OutputExistsError, match="not empty"):
-        check_output(output, inputs=[source], overwrite=False)
-    check_output(output, inputs=[source], overwrite=True)
+        check_output(output, base=source, adapters=[adapter], overwrite=False)
+    check_output(output, base=source, adapters=[adapter], overwrite=True)
     with pytest.raises(OutputExistsError, match="is a file"):
-        check_output(output / "file", inputs=[source], overwrite=True)
+        check_output(output / "file", base=source, adapters=[adapter], overwrite=True)
 
 
 def test_fingerprints_change_with_what_changes_bytes(
