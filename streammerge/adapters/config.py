@@ -109,16 +109,16 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         path=path,
         rank=_number(raw, "r", path, whole=True, default=None),
         lora_alpha=_number(raw, "lora_alpha", path, whole=False, default=8),
-        use_rslora=bool(raw.get("use_rslora", False)),
-        use_dora=bool(raw.get("use_dora", False)),
-        fan_in_fan_out=bool(raw.get("fan_in_fan_out", False)),
+        use_rslora=_flag(raw, "use_rslora", path),
+        use_dora=_flag(raw, "use_dora", path),
+        fan_in_fan_out=_flag(raw, "fan_in_fan_out", path),
         rank_pattern=_pattern(raw, "rank_pattern", path, whole=True),
         alpha_pattern=_pattern(raw, "alpha_pattern", path, whole=False),
         modules_to_save=_names(raw, "modules_to_save", path),
-        ensure_weight_tying=bool(raw.get("ensure_weight_tying", False)),
-        task_type=raw.get("task_type"),
-        base_model=raw.get("base_model_name_or_path"),
-        peft_version=raw.get("peft_version"),
+        ensure_weight_tying=_flag(raw, "ensure_weight_tying", path),
+        task_type=_text(raw, "task_type", path),
+        base_model=_text(raw, "base_model_name_or_path", path),
+        peft_version=_text(raw, "peft_version", path),
         notes=_unknown_options(raw, path),
     )
 
@@ -162,6 +162,8 @@ def _unknown_options(raw: dict[str, Any], path: Path) -> tuple[str, ...]:
 
 # PEFT's rule (peft.utils.other.get_pattern_key): a pattern matches the whole path, or its end after
 # a dot; the first one in the order of the file wins
+MAX_PATTERN_CHARACTERS = 1000
+_NESTED_QUANTIFIERS = re.compile(r"[+*}]\)+[+*{]")
 _PATTERN = r"(.*\.)?({})$"
 
 
@@ -170,6 +172,20 @@ def _first_match(patterns: dict[str, Any], module: str, default: Any) -> Any:
         if re.match(_PATTERN.format(pattern), module):
             return value
     return default
+
+
+def _flag(raw: dict[str, Any], key: str, path: Path) -> bool:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise AdapterError(f"bad {key}", where=path, expected="true or false", got=repr(value)[:80])
+    return bool(value)
+
+
+def _text(raw: dict[str, Any], key: str, path: Path) -> str | None:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, str):
+        raise AdapterError(f"bad {key}", where=path, expected="text", got=repr(value)[:80])
+    return value
 
 
 def _number(raw: dict[str, Any], key: str, path: Path, *, whole: bool, default: int | None) -> Any:
@@ -191,6 +207,13 @@ def _pattern(raw: dict[str, Any], key: str, path: Path, *, whole: bool) -> dict[
     if not isinstance(patterns, dict):
         raise AdapterError(f"bad {key}", where=path, expected="a map", got=repr(patterns)[:80])
     for pattern in patterns:
+        if len(pattern) > MAX_PATTERN_CHARACTERS or _NESTED_QUANTIFIERS.search(pattern):
+            raise AdapterError(
+                f"{key} holds a pattern that could take for ever to match",
+                where=path,
+                got=pattern[:80],
+                hint="write the names of the modules instead",
+            )
         try:
             re.compile(_PATTERN.format(pattern))
         except (re.error, OverflowError, RecursionError) as error:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from streammerge.checkpoint.jsonfile import check_regular
 from streammerge.dtypes import Dtype
 from streammerge.errors import CheckpointError
 
@@ -66,11 +67,6 @@ class StoredTensor:
         """Bytes of the stored tensor."""
         return self.dtype.nbytes(prod(self.shape))
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one index of the first dimension; all of them for a scalar."""
-        return self.dtype.nbytes(prod(self.shape[1:]))
-
 
 def read_header(path: Path) -> tuple[list[StoredTensor], dict[str, str]]:
     """Read and check the header of one safetensors file.
@@ -82,6 +78,7 @@ def read_header(path: Path) -> tuple[list[StoredTensor], dict[str, str]]:
         CheckpointError: The file is truncated, too long, or its header is not sound.
     """
     try:
+        check_regular(path, error=CheckpointError)
         with path.open("rb") as file:
             file_bytes = file.seek(0, 2)
             file.seek(0)

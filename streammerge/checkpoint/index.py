@@ -93,7 +93,11 @@ def open_checkpoint(path: Path, *, ignore_files: Sequence[str] = ()) -> Checkpoi
             "checkpoint is not a folder", where=path, hint="give a folder or a hub id (owner/name)"
         )
     config_path = path / "config.json"
-    config = read_json_object(config_path, error=CheckpointError) if config_path.exists() else {}
+    try:
+        next(path.iterdir(), None)
+        config = _read_config(config_path) if config_path.exists() else {}
+    except OSError as error:
+        raise CheckpointError(f"cannot read the folder ({error.strerror})", where=path) from error
     layout, names, weight_map = _find_shards(path)
     unused = _check_strays(path, layout=layout, shards=names, ignore_files=ignore_files)
     read = _read_safetensors if layout == "safetensors" else read_torch_bin
@@ -104,6 +108,29 @@ def open_checkpoint(path: Path, *, ignore_files: Sequence[str] = ()) -> Checkpoi
     if not tensors:
         raise CheckpointError("checkpoint holds no tensor", where=path)
     return Checkpoint(path, layout, shards, config, tensors, unused)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Read config.json; the keys that decide something must be what they are taken for."""
+    config = read_json_object(path, error=CheckpointError)
+    sections = [config]
+    for key in ("text_config", "quantization_config"):
+        value = config.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise CheckpointError(f"bad {key}", where=path, expected="a map", got=repr(value)[:80])
+        sections += [value] if value and key == "text_config" else []
+    for section in sections:
+        for key, kind in (
+            ("tie_word_embeddings", bool),
+            ("model_type", str),
+            ("architectures", list),
+        ):
+            value = section.get(key)
+            if value is not None and not isinstance(value, kind):
+                raise CheckpointError(
+                    f"bad {key}", where=path, expected=f"a {kind.__name__}", got=repr(value)[:80]
+                )
+    return config
 
 
 def _read_safetensors(path: Path) -> list[StoredTensor]:

@@ -10,10 +10,20 @@ from streammerge.errors import InputError
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["read_json_object"]
+__all__ = ["check_regular", "read_json_object"]
 
 # the index of a 671B model with 90,000 tensors is 9 MB
 MAX_JSON_BYTES = 256_000_000
+
+
+def check_regular(path: Path, *, error: type[InputError]) -> None:
+    """Refuse what is not a regular file: a pipe would be waited for, for ever.
+
+    Raises:
+        error: It exists and is something else.
+    """
+    if path.exists() and not path.is_file():
+        raise error("not a regular file", where=path)
 
 
 def read_json_object(path: Path, *, error: type[InputError]) -> dict[str, Any]:
@@ -23,6 +33,7 @@ def read_json_object(path: Path, *, error: type[InputError]) -> dict[str, Any]:
         error: The file is missing, too large, not JSON, or not an object.
     """
     try:
+        check_regular(path, error=error)
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
             raise error("JSON file is too large", where=path, expected=MAX_JSON_BYTES, got=size)

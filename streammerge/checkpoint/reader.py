@@ -52,6 +52,7 @@ class BufferedReader:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = os.open(path, os.O_RDONLY)
+        self._ahead = 0
         os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -67,8 +68,7 @@ class BufferedReader:
             if count == 0:
                 raise _truncated(self._path, offset + len(buffer), offset + done)
             done += count
-        end = offset + len(buffer)
-        os.posix_fadvise(self._file, end, READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+        self._read_ahead(offset + len(buffer))
 
     def forget(self, offset: int, nbytes: int) -> None:
         """Drop the cached pages that lie wholly inside the range."""
@@ -77,6 +77,12 @@ class BufferedReader:
     def close(self) -> None:
         """Release the file."""
         os.close(self._file)
+
+    def _read_ahead(self, end: int) -> None:
+        # asked for in strides: once per read costs more than the reads where tensors are small
+        if not self._ahead - READ_AHEAD_BYTES <= end <= self._ahead - READ_AHEAD_BYTES // 2:
+            self._ahead = end + READ_AHEAD_BYTES
+            os.posix_fadvise(self._file, end, READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
 
 
 class MappedReader:

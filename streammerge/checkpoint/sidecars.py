@@ -34,7 +34,9 @@ _TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*",
     "merges.txt", "*.tiktoken", "*.model", "spiece.*", "sentencepiece.*", "tekken.json",
 )  # fmt: skip
-MAX_TOKENIZER_JSON_BYTES = 256_000_000
+
+
+COPY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +70,24 @@ def find_sidecars(
     chosen: dict[str, Path] = {}
     left_out = []
     for name, path in _walk(base, ""):
-        if _is_left_out(name) or path.is_dir():
+        if _is_left_out(name) or path.is_dir() or not _is_inside(path, base):
             left_out.append(name)
         elif not (tokenizer_from is not None and _is_tokenizer_file(name)):
             chosen[name] = path
     if tokenizer_from is not None:
         for path in sorted(tokenizer_from.iterdir()):
-            if path.is_file() and _is_tokenizer_file(path.name) and not _is_left_out(path.name):
+            if (
+                _is_inside(path, tokenizer_from)
+                and _is_tokenizer_file(path.name)
+                and not _is_left_out(path.name)
+            ):
                 chosen[path.name] = path
     for path in extra:
         chosen[path.name] = path
     chosen.pop("config.json", None)
+    for path in chosen.values():
+        if not os.access(path, os.R_OK):
+            raise CheckpointError("file cannot be read", where=path, hint="check its permissions")
     files = tuple(Sidecar(name, source) for name, source in sorted(chosen.items()))
     return Sidecars(files, tuple(sorted(left_out)))
 
@@ -116,30 +125,33 @@ def write_sidecars(
     config_source: Path,
     config_edits: dict[str, Any],
     config: dict[str, Any],
-) -> int:
-    """Copy the sidecars, and config.json with its edits; return the bytes written.
+) -> None:
+    """Copy the sidecars, and config.json with its edits.
 
     A config.json without edits is copied byte for byte; otherwise the order of its keys is kept.
+
+    Raises:
+        InputError: A file vanished or became unreadable during the run.
     """
-    total = 0
     for sidecar in sidecars.files:
-        target = folder / sidecar.name
-        with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                shutil.copyfile(sidecar.source, target)
-            except FileNotFoundError as error:
-                raise InputError("file vanished during the run", where=sidecar.source) from error
-            total += target.stat().st_size
-    target = folder / "config.json"
+        _copy_durably(sidecar.source, folder / sidecar.name)
     if config_edits:
-        edited = _merge_edits(config, config_edits)
-        total += write_durably(target, _to_json(edited))
+        write_durably(folder / "config.json", _to_json(_merge_edits(config, config_edits)))
     elif config_source.exists():
-        with writing(target):
-            shutil.copyfile(config_source, target)
-        total += target.stat().st_size
-    return total
+        _copy_durably(config_source, folder / "config.json")
+
+
+def _copy_durably(source: Path, target: Path) -> None:
+    try:
+        reading = source.open("rb")
+    except OSError as error:
+        raise InputError(f"cannot read the file ({error.strerror})", where=source) from error
+    with reading, writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("wb") as file:
+            shutil.copyfileobj(reading, file, COPY_BYTES)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def write_durably(path: Path, text: str) -> int:
@@ -190,6 +202,14 @@ def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, Path]]:
             yield name + "/", path
         else:
             yield from _walk(path, name + "/")
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path is a regular file of its folder, or of the hub cache it links to."""
+    target = path.resolve()
+    # a snapshot of the hub's cache is <repository>/snapshots/<revision>, its files are in blobs
+    roots = [folder.resolve(), folder.resolve().parent.parent / "blobs"]
+    return target.is_file() and any(root in target.parents for root in roots)
 
 
 def _is_left_out(name: str) -> bool:

@@ -18,6 +18,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoint.header import StoredTensor
+from streammerge.checkpoint.jsonfile import check_regular
 from streammerge.checkpoint.pickle_check import check_pickle
 from streammerge.dtypes import Dtype
 from streammerge.errors import CheckpointError, UnsupportedError
@@ -120,6 +121,7 @@ def read_torch_bin(path: Path) -> list[StoredTensor]:
             that is not contiguous.
     """
     try:
+        check_regular(path, error=CheckpointError)
         stored = _read_archive(path)
     except OSError as error:
         raise CheckpointError(f"cannot read the file ({error.strerror})", where=path) from error

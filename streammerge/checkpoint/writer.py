@@ -86,10 +86,12 @@ class SafetensorsWriter:
     def finish(self) -> int:
         """Make the shard durable, give it its name, and return its size in bytes."""
         with writing(self._path):
-            os.fsync(self._file)
-            size = os.fstat(self._file).st_size
-            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(self._file)
+            try:
+                os.fsync(self._file)
+                size = os.fstat(self._file).st_size
+                os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(self._file)
             self._partial.replace(self._path)
         return size
 

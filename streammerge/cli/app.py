@@ -160,6 +160,11 @@ def _guard(run: Callable[[], None], *, as_json: bool, debug: bool) -> None:
     except KeyboardInterrupt:
         typer.echo("error: interrupted", err=True)
         raise typer.Exit(130) from None
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        typer.echo(f"error: {error.strerror or error}, in {error.filename}", err=True)
+        raise typer.Exit(3) from error
 
 
 def _print_json(value: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import reprlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,7 @@ def parse_config(values: Mapping[str, Any], *, where: str | None = None) -> Expo
             default, hint = REFUSED_KEYS[key]
             if value != default:
                 raise ConfigError(
-                    f"{key} is not supported", where=where, got=repr(value), hint=hint
+                    f"{key} is not supported", where=where, got=reprlib.repr(value), hint=hint
                 )
         else:
             raise _unknown_key(key, where)
@@ -224,6 +225,6 @@ def _from_pydantic(error: ValidationError, where: str | None) -> ConfigError:
         f"bad value for '{key}'",
         where=where,
         expected=message[0].lower() + message[1:],
-        got=repr(first["input"])[:120],
+        got=reprlib.repr(first["input"]),
         hint=more,
     )

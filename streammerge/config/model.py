@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -27,8 +28,24 @@ def _shard_size(value: object) -> object:
 
 def _weights(value: object) -> object:
     if isinstance(value, str):
-        return tuple(float(part) for part in value.split(","))
-    return tuple(value) if isinstance(value, list) else value
+        value = value.split(",")
+    if not isinstance(value, (list, tuple)):
+        return value
+    try:
+        weights = tuple(float(part) for part in value)
+    except (TypeError, ValueError):
+        weights = (math.nan,)
+    if not all(map(math.isfinite, weights)):
+        msg = "a list of numbers, such as [0.7, 0.3]"
+        raise ValueError(msg)
+    return weights
+
+
+def _subfolder(value: object) -> object:
+    if isinstance(value, str) and (value.startswith("/") or ".." in value.split("/")):
+        msg = "a folder inside the adapter's own"
+        raise ValueError(msg)
+    return value
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
@@ -49,7 +66,7 @@ class ExportConfig(BaseModel):
     """Folder of the merged checkpoint; it appears there only when it is complete."""
     adapter_name_or_path: Names = ()
     """Adapters in the order in which they are merged: folders or hub ids."""
-    adapter_folder: str | None = None
+    adapter_folder: Annotated[str | None, BeforeValidator(_subfolder)] = None
     """Subfolder of each adapter that holds its files."""
     template: str | None = None
     """Accepted; the base's own tokenizer and chat template are kept, which is what it describes."""
@@ -90,7 +107,7 @@ class ExportConfig(BaseModel):
     """One factor per adapter: merge their weighted sum instead of one after the other."""
     overwrite: bool = False
     """Replace a non-empty `export_dir`."""
-    threads: Annotated[int, Field(gt=0)] = Field(
+    threads: Annotated[int, Field(gt=0, le=1024)] = Field(
         default_factory=lambda: len(os.sched_getaffinity(0))
     )
     """Threads of the arithmetic; by default the cores that the process may use."""
@@ -150,8 +167,3 @@ def _forbidden(config: ExportConfig) -> list[str]:
 def field_names() -> frozenset[str]:
     """Return the keys that a user may set."""
     return frozenset(ExportConfig.model_fields) - {"notes"}
-
-
-def to_plain(config: ExportConfig) -> dict[str, Any]:
-    """Return the configuration as JSON types, without the token."""
-    return config.model_dump(mode="json", exclude={"notes", "hf_hub_token"})

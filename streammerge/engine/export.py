@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,9 @@ from streammerge.engine.prepare import prepare
 from streammerge.engine.staging import Staging, check_output, fingerprint
 from streammerge.errors import (
     DiskSpaceError,
+    InputError,
     InterruptedRunError,
+    MemoryBudgetError,
     StreamMergeError,
     VerificationError,
 )
@@ -29,10 +32,11 @@ from streammerge.plan.memory import plan_memory
 from streammerge.report.export_report import ExportReport, peak_rss_bytes, rss_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from streammerge.checkpoint.writer import ShardWriter
     from streammerge.plan.layout import ShardPlan
+    from streammerge.plan.memory import MemoryPlan
     from streammerge.plan.merge_plan import MergePlan
 
 __all__ = ["Progress", "build_plan", "export"]
@@ -90,25 +94,44 @@ def export(
     backend = select_backend(
         numerics=plan.numerics, threads=settings.threads, scratch_bytes=plan.memory.scratch_bytes
     )
-    # torch is loaded now: fit the buffers to what it really takes on this machine
-    memory = plan_memory(plan.tensors, max_memory=settings.max_memory, baseline=rss_bytes())
+    memory = _fit_memory(plan, settings)
     staging = Staging(plan.output)
-    staging.open(fingerprint(plan))
-    try:
-        run = _Run(plan, staging, progress or Progress(), resumed=len(staging.finished))
-        pipeline = Pipeline(
-            memory=memory,
-            backend=backend,
-            io_mode=settings.io,
-            open_writer=run.open_writer,
-            on_written=run.progress.advance,
-            on_shard=run.on_shard,
-            allow_nonfinite=settings.allow_nonfinite,
-        )
+    identity = fingerprint(plan, allow_nonfinite=settings.allow_nonfinite)
+    staging.open(identity)
+    run = _Run(plan, staging, progress or Progress())
+    pipeline = Pipeline(
+        memory=memory,
+        backend=backend,
+        io_mode=settings.io,
+        open_writer=run.open_writer,
+        on_written=run.progress.advance,
+        on_shard=run.on_shard,
+        allow_nonfinite=settings.allow_nonfinite,
+    )
+    with _keeping(staging):
         run.write_shards(pipeline)
         run.write_rest()
         run.verify()
-        staging.publish()
+        if fingerprint(plan, allow_nonfinite=settings.allow_nonfinite) != identity:
+            raise InputError(
+                "the base or an adapter changed during the run",
+                where=plan.base,
+                hint="run the same command again; it starts over",
+            )
+        staging.publish(overwrite=settings.overwrite)
+    url = None
+    if settings.export_hub_model_id:
+        url = push_folder(
+            plan.output, repo_id=settings.export_hub_model_id, token=settings.hf_hub_token
+        )
+    return _report(run, pipeline, seconds=time.perf_counter() - started, hub_url=url)
+
+
+@contextmanager
+def _keeping(staging: Staging) -> Iterator[None]:
+    """Keep finished shards for a rerun, whatever stops the run but a fault of the result itself."""
+    try:
+        yield
     except KeyboardInterrupt:
         staging.release()
         raise InterruptedRunError(
@@ -116,18 +139,40 @@ def export(
             where=staging.folder,
             hint="run the same command again to go on from the shards that are finished",
         ) from None
-    except (DiskSpaceError, InterruptedRunError):
-        staging.release()
-        raise
-    except BaseException:
+    except (InputError, VerificationError):
+        # these shards are of no use: another adapter, another base or another build is needed
         staging.discard()
         raise
-    url = None
-    if settings.export_hub_model_id:
-        url = push_folder(
-            plan.output, repo_id=settings.export_hub_model_id, token=settings.hf_hub_token
+    except BaseException:
+        staging.release()
+        raise
+
+
+def _fit_memory(plan: MergePlan, settings: ExportConfig) -> MemoryPlan:
+    """Fit the buffers to what the process holds, now that torch is loaded on this machine.
+
+    Raises:
+        MemoryBudgetError: It is too much already, or the buffers do not fit.
+    """
+    memory = plan_memory(
+        plan.tensors,
+        max_memory=settings.max_memory,
+        baseline=rss_bytes(),
+        baseline_holds_plan=True,
+    )
+    peak = peak_rss_bytes()
+    if peak > settings.max_memory:
+        raise MemoryBudgetError(
+            "max_memory is too small to read the headers and sidecars of these inputs",
+            expected=f"at least {-(-peak // 10**6)}MB",
+            got=f"{settings.max_memory // 10**6}MB",
+            hint="set a larger max_memory",
         )
-    seconds = pipeline.seconds
+    return memory
+
+
+def _report(run: _Run, pipeline: Pipeline, *, seconds: float, hub_url: str | None) -> ExportReport:
+    plan, busy = run.plan, pipeline.seconds
     return ExportReport(
         output_dir=str(plan.output),
         tensors_total=len(plan.tensors),
@@ -136,18 +181,18 @@ def export(
         adapter_tensors_used=plan.contents.adapter_tensors_used,
         bytes_read=plan.bytes_read,
         bytes_written=sum(run.sizes.values()),
-        seconds=time.perf_counter() - started,
-        read_seconds=seconds.read,
-        compute_seconds=seconds.compute,
-        write_seconds=seconds.write,
-        predicted_peak_bytes=memory.predicted_peak_bytes,
+        seconds=seconds,
+        read_seconds=busy.read,
+        compute_seconds=busy.compute,
+        write_seconds=busy.write,
+        predicted_peak_bytes=pipeline.memory.predicted_peak_bytes,
         peak_rss_bytes=peak_rss_bytes(),
         shards=[{"name": s.name, "bytes": run.sizes[s.name]} for s in plan.shards],
         resumed_shards=run.resumed,
         config_edits=plan.contents.config_edits,
         not_copied=list(plan.sidecars.left_out),
         notes=list(plan.notes),
-        hub_url=url,
+        hub_url=hub_url,
     )
 
 
@@ -158,10 +203,10 @@ class _Run:
     plan: MergePlan
     staging: Staging
     progress: Progress
-    resumed: int
 
     def __post_init__(self) -> None:
         self.sizes = dict(self.staging.finished)
+        self.resumed = len(self.sizes)
 
     def open_writer(self, shard: ShardPlan) -> ShardWriter:
         path = self.staging.folder / shard.name

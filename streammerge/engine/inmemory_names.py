@@ -23,8 +23,10 @@ def _build_skeleton(folder: str) -> Any:
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     classes = [getattr(transformers, name, None) for name in config.architectures or []]
     with torch.device("meta"):
-        if classes and classes[0] is not None:
-            return classes[0](config)
+        # whatever else the config names is not a model
+        known = [c for c in classes if isinstance(c, type)]
+        if known and issubclass(known[0], transformers.PreTrainedModel):
+            return known[0](config)
         return transformers.AutoModel.from_config(config)  # type: ignore[no-untyped-call]
 
 

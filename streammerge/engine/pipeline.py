@@ -136,18 +136,16 @@ class Pipeline:
             threading.Thread(target=self._guard, args=(self._read, list(shards)), name="read"),
             threading.Thread(target=self._guard, args=(self._write,), name="write"),
         ]
-        for stage in stages:
-            stage.start()
         try:
-            self._guard(self._compute)
-        except BaseException as error:
-            # a signal in this thread: let the others end first, so that nothing writes behind our
-            # back
-            self._fail(error)
-            raise
-        finally:
             for stage in stages:
-                stage.join()
+                stage.start()
+            self._guard(self._compute)
+            _join(stages)
+        except BaseException as error:
+            # a signal in this thread: the others end first, so that nothing writes behind our back
+            self._fail(error)
+            _join(stages)
+            raise
         if self._failure is not None:
             raise self._failure
 
@@ -256,7 +254,22 @@ class Pipeline:
                 future.result()
 
     def _finish(self, writer: ShardWriter, shard: ShardPlan) -> None:
-        self.on_shard(shard, writer.finish())
+        try:
+            self.on_shard(shard, writer.finish())
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+
+def _join(stages: list[threading.Thread]) -> None:
+    """Wait for the threads that were started; a further signal waits with us."""
+    waiting = [stage for stage in stages if stage.ident is not None]
+    try:
+        for stage in waiting:
+            stage.join()
+    except KeyboardInterrupt:
+        _join(stages)
+        raise
 
 
 def _source_offset(tile: MergeTile) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streammerge.adapters.adapter import open_adapter
@@ -11,17 +10,19 @@ from streammerge.checkpoint.hub import HubOptions, resolve_folder
 from streammerge.checkpoint.index import open_checkpoint
 from streammerge.checkpoint.reader import ReaderPool
 from streammerge.checkpoint.sidecars import added_tokens, find_sidecars
+from streammerge.checkpoint.torch_bin import storage_class
 from streammerge.dtypes import Dtype
 from streammerge.engine.renames import transformers_renames
 from streammerge.errors import AdapterError, ConfigError, UnsupportedError
 from streammerge.plan.build import PlanOptions, plan_tensors
 from streammerge.plan.layout import Layout, lay_out
 from streammerge.plan.match import NameResolver
-from streammerge.plan.memory import BASELINE_BYTES, plan_memory
+from streammerge.plan.memory import plan_memory
 from streammerge.plan.merge_plan import MergePlan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from streammerge.adapters.adapter import Adapter
     from streammerge.checkpoint.header import StoredTensor
@@ -36,14 +37,11 @@ _DTYPES = {"float16": Dtype.F16, "bfloat16": Dtype.BF16, "float32": Dtype.F32}
 COMPARE_BYTES = 4 << 20
 
 
-def prepare(
-    config: ExportConfig, *, baseline: int = BASELINE_BYTES, local_only: bool = False
-) -> MergePlan:
+def prepare(config: ExportConfig, *, local_only: bool = False) -> MergePlan:
     """Plan an export.
 
     Args:
         config: What the user asked for.
-        baseline: Resident bytes of the process before the run.
         local_only: Whether a hub id may be answered from the local cache alone.
 
     Raises:
@@ -64,13 +62,16 @@ def prepare(
     if not config.use_kv_cache:
         contents.config_edits["use_cache"] = False
     layout: Layout = "torch_bin" if config.export_legacy_format else "safetensors"
+    if layout == "torch_bin":
+        for tensor in contents.tensors:
+            storage_class(tensor.dtype, name=tensor.name)
     shards = lay_out(
         contents.tensors,
         max_shard_bytes=config.max_shard_bytes,
         layout=layout,
         base_shards={name: tensor.path for name, tensor in base.tensors.items()},
     )
-    memory = plan_memory(contents.tensors, max_memory=config.max_memory, baseline=baseline)
+    memory = plan_memory(contents.tensors, max_memory=config.max_memory)
     sidecars, notes = _sidecars(config, base, adapters, contents)
     unused = [
         f"{name} in the base is not part of the checkpoint" for name in base.unused_weight_files
@@ -78,7 +79,7 @@ def prepare(
     return MergePlan(
         base=base_path,
         adapters=tuple(adapter_paths),
-        output=Path(config.export_dir).expanduser().resolve(),
+        output=_resolve_output(config.export_dir),
         layout=layout,
         numerics="fp32" if config.adapter_weights else config.numerics,
         contents=contents,
@@ -88,6 +89,15 @@ def prepare(
         base_config=base.config,
         notes=(*config.notes, *contents.notes, *unused, *notes, *filter(None, [rename_note])),
     )
+
+
+def _resolve_output(path: Path) -> Path:
+    try:
+        output = path.expanduser().resolve()
+        output.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"export_dir cannot be used ({error})", got=str(path)[:120]) from error
+    return output
 
 
 def _check_supported(config: ExportConfig) -> None:

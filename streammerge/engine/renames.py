@@ -11,11 +11,11 @@ import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
 __all__ = ["transformers_renames"]
 
@@ -36,12 +36,14 @@ def transformers_renames(folder: Path, names: Iterable[str]) -> tuple[dict[str, 
         return {}, "transformers is not installed: its renames of layers are not known"
     try:
         answer = subprocess.run(  # noqa: S603 (our own program)
-            [sys.executable, "-m", "streammerge.engine.inmemory_names", str(folder)],
+            [sys.executable, "-m", "streammerge.engine.inmemory_names", str(folder.resolve())],
             input=json.dumps(list(names)),
             capture_output=True,
             text=True,
             timeout=TIMEOUT_SECONDS,
             check=True,
+            # not the current folder, whose files python would take for modules
+            cwd=Path(__file__).parents[2],
         )
         renames = json.loads(answer.stdout.splitlines()[-1])
         if not isinstance(renames, dict):

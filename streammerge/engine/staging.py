@@ -13,14 +13,17 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from streammerge import __version__
 from streammerge.checkpoint.sidecars import write_durably
 from streammerge.checkpoint.writer import writing
 from streammerge.errors import OutputExistsError, ResourceError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from streammerge.plan.merge_plan import MergePlan
@@ -48,6 +51,11 @@ def check_output(output: Path, *, base: Path, adapters: Iterable[Path], overwrit
             )
     if not output.exists():
         return
+    if output.is_mount():
+        # the finished folder takes its name by a rename, which cannot replace a mount point
+        raise OutputExistsError(
+            "export_dir is a mount point", where=output, hint="choose a folder below it"
+        )
     if not output.is_dir():
         raise OutputExistsError(
             "export_dir is a file", where=output, hint="choose another export_dir"
@@ -60,10 +68,10 @@ def check_output(output: Path, *, base: Path, adapters: Iterable[Path], overwrit
         )
 
 
-def fingerprint(plan: MergePlan) -> str:
+def fingerprint(plan: MergePlan, *, allow_nonfinite: bool = False) -> str:
     """Identify a plan and its inputs: equal only if every output shard would be equal.
 
-    Inputs are known by path, size and modification time.
+    Inputs are known by path, inode, size and times.
     """
     digest = hashlib.sha256()
     files = {tensor.source.path for tensor in plan.tensors}
@@ -71,8 +79,9 @@ def fingerprint(plan: MergePlan) -> str:
         files.update(factor.path for term in tensor.terms for factor in term.factors)
     for path in sorted(files):
         status = path.stat()
-        digest.update(repr((str(path), status.st_size, status.st_mtime_ns)).encode())
-    digest.update(repr((plan.layout, plan.numerics)).encode())
+        known = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        digest.update(repr((str(path), known)).encode())
+    digest.update(repr((__version__, plan.layout, plan.numerics, allow_nonfinite)).encode())
     for shard in plan.shards:
         digest.update(repr((shard.name, shard.tensors)).encode())
     return digest.hexdigest()
@@ -113,9 +122,10 @@ class Staging:
             ) from error
         self._recover_replaced()
         self.finished = self._read_journal(identity)
-        self._remove_all_but({*self.finished, _LOCK, _JOURNAL} if self.finished else {_LOCK})
-        if not self.finished:
-            write_durably(self.folder / _JOURNAL, json.dumps({"plan": identity}) + "\n")
+        self._remove_all_but({*self.finished, _LOCK})
+        lines: list[dict[str, object]] = [{"plan": identity}]
+        lines += [{"shard": name, "bytes": nbytes} for name, nbytes in self.finished.items()]
+        write_durably(self.folder / _JOURNAL, "".join(json.dumps(line) + "\n" for line in lines))
 
     def record(self, name: str, nbytes: int) -> None:
         """Note a finished, durable shard."""
@@ -124,18 +134,37 @@ class Staging:
             journal.flush()
             os.fsync(journal.fileno())
 
-    def publish(self) -> None:
-        """Turn the folder into the output; what `overwrite` replaces goes last."""
-        with writing(self.output):
-            (self.folder / _JOURNAL).unlink(missing_ok=True)
-            (self.folder / _LOCK).unlink(missing_ok=True)
-            _sync_folder(self.folder)
-            if self.output.exists() and any(self.output.iterdir()):
+    def publish(self, *, overwrite: bool) -> None:
+        """Turn the folder into the output; what `overwrite` replaces goes last.
+
+        Signals wait until it is done.
+
+        Raises:
+            OutputExistsError: Something was put into the output folder during the run.
+            ResourceError: A rename failed; the finished folder and the old output are as they were.
+        """
+        with _signals_held(), writing(self.output):
+            is_taken = self.output.exists() and any(self.output.iterdir())
+            if is_taken and not overwrite:
+                raise OutputExistsError(
+                    "export_dir was filled during the run",
+                    where=self.output,
+                    hint="empty it and run the same command again, which goes on from here",
+                )
+            if is_taken:
                 self.output.replace(self._replaced)
-            self.folder.replace(self.output)
+            try:
+                self.folder.replace(self.output)
+            except OSError:
+                if is_taken:
+                    self._replaced.replace(self.output)
+                raise
+            (self.output / _JOURNAL).unlink(missing_ok=True)
+            (self.output / _LOCK).unlink(missing_ok=True)
+            _sync_folder(self.output)
             _sync_folder(self.output.parent)
-        shutil.rmtree(self._replaced, ignore_errors=True)
-        self.release()
+            self.release()
+            shutil.rmtree(self._replaced, ignore_errors=True)
 
     def release(self) -> None:
         """Give up the lock; the folder stays, for a rerun."""
@@ -160,15 +189,17 @@ class Staging:
                 self._replaced.replace(self.output)
 
     def _read_journal(self, identity: str) -> dict[str, int]:
+        """Return the shards that are there and whole, up to a line that was cut off."""
+        found: dict[str, int] = {}
         try:
-            lines = (self.folder / _JOURNAL).read_text().splitlines()
-            first, *shards = [json.loads(line) for line in lines]
-            if first != {"plan": identity}:
+            first, *shards = (self.folder / _JOURNAL).read_text().splitlines()
+            if json.loads(first) != {"plan": identity}:
                 return {}
-            found = {str(entry["shard"]): int(entry["bytes"]) for entry in shards}
+            for line in shards:
+                entry = json.loads(line)
+                found[str(entry["shard"])] = int(entry["bytes"])
         except (OSError, ValueError, KeyError, TypeError):
-            # a journal that was cut off says nothing: start over
-            return {}
+            pass  # what was read until here is as good as ever
         return {
             name: nbytes
             for name, nbytes in found.items()
@@ -183,6 +214,16 @@ class Staging:
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Let SIGINT and SIGTERM wait; they arrive afterwards."""
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -72,10 +72,10 @@ def test_every_dtype_of_the_format_is_read(path: Path, dtype: Dtype) -> None:
 def test_scalar_and_empty_tensors_are_read(path: Path) -> None:
     header = {"e": entry((2, 0, 3), 0, 0), "s": entry((), 0, 4), "z": entry((0,), 4, 4)}
     tensors = read_header(write(path, header, bytes(4)))[0]
-    assert [(t.name, t.nbytes, t.row_bytes) for t in tensors] == [
-        ("e", 0, 0),
-        ("s", 4, 4),
-        ("z", 0, 4),
+    assert [(t.name, t.nbytes) for t in tensors] == [
+        ("e", 0),
+        ("s", 4),
+        ("z", 0),
     ]
 
 
@@ -122,7 +122,7 @@ def test_header_at_the_limit_passes(path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_missing_file_and_folder_cannot_be_read(tmp_path: Path) -> None:
     assert fault_of(tmp_path / "none").what == "cannot read the shard (No such file or directory)"
-    assert fault_of(tmp_path).what == "cannot read the shard (Is a directory)"
+    assert fault_of(tmp_path).what == "not a regular file"
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
     with pytest.raises(AdapterError) as caught:
         read_json_object(tmp_path / "none", error=AdapterError)
     assert str(caught.value) == f"file is missing, in {tmp_path / 'none'}"
-    with pytest.raises(AdapterError, match="cannot read the file"):
+    with pytest.raises(AdapterError, match="not a regular file"):
         read_json_object(tmp_path, error=AdapterError)
 
 

@@ -218,7 +218,7 @@ def test_truncated_file_is_refused(path: Path, keep: int) -> None:
 
 def test_file_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
     assert fault_of(tmp_path / "none").what == "cannot read the file (No such file or directory)"
-    assert fault_of(tmp_path).what == "cannot read the file (Is a directory)"
+    assert fault_of(tmp_path).what == "not a regular file"
 
 
 @pytest.mark.parametrize("value", [[torch.ones(1)], torch.ones(1), 5, None, "x"])

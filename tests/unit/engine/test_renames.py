@@ -49,7 +49,12 @@ def test_the_last_line_is_the_answer(answer: Any) -> None:
     calls = answer('some noise\n{"b": "a"}\n')
     assert transformers_renames(FOLDER, iter(["a", "c"])) == ({"b": "a"}, None)
     ((command, options),) = calls
-    assert command == [sys.executable, "-m", "streammerge.engine.inmemory_names", "base"]
+    assert command == [
+        sys.executable,
+        "-m",
+        "streammerge.engine.inmemory_names",
+        str(FOLDER.resolve()),
+    ]
     assert json.loads(options["input"]) == ["a", "c"]
     assert options["timeout"] == renames.TIMEOUT_SECONDS
     assert options["check"] is True

@@ -130,7 +130,7 @@ def test_publication_replaces_the_output(before: str, tmp_path: Path) -> None:
     staging = Staging(output)
     staging.open("plan")
     finish(staging, "one")
-    staging.publish()
+    staging.publish(overwrite=True)
     assert [path.name for path in output.iterdir()] == ["one"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -155,14 +155,14 @@ def test_a_publication_cut_off_between_its_renames_is_taken_back(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", replace)
         with pytest.raises(KeyboardInterrupt):
-            staging.publish()
+            staging.publish(overwrite=True)
     staging.release()
     assert not output.exists()
     again = Staging(output)
     again.open(rerun)
     assert (output / "old").read_text() == "old"
     finish(again, "one")
-    again.publish()
+    again.publish(overwrite=True)
     assert [path.name for path in output.iterdir()] == ["one"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -19,6 +19,7 @@ from streammerge.plan.memory import (
     MARGIN_BYTES,
     MIN_SLAB_BYTES,
     MIN_SLAB_COUNT,
+    SCRATCH_BUFFERS,
     SCRATCH_BYTES,
     SLAB_BYTES,
     SLAB_COUNT,
@@ -84,7 +85,7 @@ def test_a_target_is_counted_to_the_byte() -> None:
         + MARGIN_BYTES
         + TENSOR_RECORD_BYTES
         + slab * (MIN_SLAB_COUNT + 1)
-        + 3 * plan.scratch_bytes
+        + SCRATCH_BUFFERS * plan.scratch_bytes
         + FACTOR_SLOTS * factors
     )
 
