@@ -85,7 +85,7 @@ def export(
     Raises:
         StreamMergeError: The export was not done; nothing appears under `export_dir`.
     """
-    started = time.perf_counter()
+    started, peak_before = time.perf_counter(), peak_rss_bytes()
     settings = _to_config(config)
     # open, match, lay out: every fault of the inputs shows here, before torch and before any write
     plan = prepare(settings)
@@ -94,7 +94,7 @@ def export(
     backend = select_backend(
         numerics=plan.numerics, threads=settings.threads, scratch_bytes=plan.memory.scratch_bytes
     )
-    memory = _fit_memory(plan, settings)
+    memory = _fit_memory(plan, settings, peak_before=peak_before)
     staging = Staging(plan.output)
     identity = fingerprint(plan, allow_nonfinite=settings.allow_nonfinite)
     staging.open(identity)
@@ -148,8 +148,13 @@ def _keeping(staging: Staging) -> Iterator[None]:
         raise
 
 
-def _fit_memory(plan: MergePlan, settings: ExportConfig) -> MemoryPlan:
+def _fit_memory(plan: MergePlan, settings: ExportConfig, *, peak_before: int) -> MemoryPlan:
     """Fit the buffers to what the process holds, now that torch is loaded on this machine.
+
+    Args:
+        plan: What will be done.
+        settings: What the user asked for.
+        peak_before: VmHWM before the export began, for which it is not to blame.
 
     Raises:
         MemoryBudgetError: It is too much already, or the buffers do not fit.
@@ -161,7 +166,7 @@ def _fit_memory(plan: MergePlan, settings: ExportConfig) -> MemoryPlan:
         baseline_holds_plan=True,
     )
     peak = peak_rss_bytes()
-    if peak > settings.max_memory:
+    if peak > settings.max_memory and peak > peak_before:
         raise MemoryBudgetError(
             "max_memory is too small to read the headers and sidecars of these inputs",
             expected=f"at least {-(-peak // 10**6)}MB",

@@ -15,6 +15,7 @@ from streammerge.dtypes import Dtype
 from streammerge.engine.renames import transformers_renames
 from streammerge.errors import AdapterError, ConfigError, UnsupportedError
 from streammerge.plan.build import PlanOptions, plan_tensors
+from streammerge.plan.family import find_embeddings
 from streammerge.plan.layout import Layout, lay_out
 from streammerge.plan.match import NameResolver
 from streammerge.plan.memory import plan_memory
@@ -135,8 +136,12 @@ def _renames(base: Checkpoint, adapters: Sequence[Adapter]) -> tuple[dict[str, s
     resolver = NameResolver(frozenset(base.tensors))
     paths = [f"{module.module}.weight" for adapter in adapters for module in adapter.modules]
     paths += [r.path for adapter in adapters for r in adapter.replacements]
-    heads = {"lm_head.weight", "score.weight", "classifier.weight"}
-    if not base.config or all(path in heads or resolver.find_direct(path) for path in paths):
+    # these are not stored where they are new, or tied
+    absent = {"score.weight", "classifier.weight"}
+    embeddings = find_embeddings(base.tensors, config=base.config)
+    if embeddings.is_tied and embeddings.is_known:
+        absent.add(embeddings.output)
+    if not base.config or all(path in absent or resolver.find_direct(path) for path in paths):
         return {}, None
     return transformers_renames(base.path, base.tensors)
 

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import ConfigError, PlanError
 from streammerge.plan.config_edits import edit_config
-from streammerge.plan.family import find_embeddings, is_conv1d, is_declared_tied
+from streammerge.plan.family import (
+    VOCABULARY_MODULES,
+    find_embeddings,
+    is_conv1d,
+    is_declared_tied,
+)
 from streammerge.plan.match import WRAPPER_PREFIXES, Match, NameResolver
 from streammerge.plan.ops import ApplyTerms, BiasTerm, CopyBytes, LoraTerm, TensorPlan
 
@@ -85,7 +90,12 @@ def plan_tensors(
     Raises:
         PlanError: Base and adapters do not fit.
     """
-    builder = _Builder(base, NameResolver(frozenset(base.tensors), renames or {}), same_bytes)
+    builder = _Builder(
+        base,
+        NameResolver(frozenset(base.tensors), renames or {}),
+        same_bytes,
+        is_sum=bool(options.adapter_weights),
+    )
     _check_quantized(base, adapters, options)
     _check_weights(adapters, options.adapter_weights)
     for number, adapter in enumerate(adapters):
@@ -102,7 +112,10 @@ class _Builder:
         base: Checkpoint,
         resolver: NameResolver,
         same_bytes: Callable[[StoredTensor, StoredTensor], bool],
+        *,
+        is_sum: bool,
     ) -> None:
+        self._is_sum = is_sum
         self._base = base
         self._resolver = resolver
         self._same_bytes = same_bytes
@@ -123,10 +136,13 @@ class _Builder:
         placed, modules, missing = self._place(adapter)
         if missing:
             raise self._unmatched(adapter, missing)
+        self._check_tie_is_known(placed, modules)
         skipped = self._untie(adapter, placed, modules)
         for name, replacement in placed.items():
             self._use(replacement.tensor)
-            if name not in skipped:
+            if name not in skipped and not (
+                self._is_sum and self._is_plain_copy(name, replacement)
+            ):
                 self._replace(name, replacement)
         for name, module in modules.items():
             if name in skipped:
@@ -190,18 +206,25 @@ class _Builder:
         self._matches[match.how] = self._matches.get(match.how, 0) + 1
 
     def _added(self, adapter: Adapter, replacement: Replacement) -> Match | None:
-        """Accept a tensor that the base lacks: a head, listed in modules_to_save."""
-        module = replacement.path.rpartition(".")[0]
-        root = replacement.path.partition(".")[0]
-        is_listed = any(
-            part.endswith(tuple(adapter.config.modules_to_save)) for part in _ancestors(module)
+        """Accept a tensor that the base lacks, of a module in modules_to_save that is all new."""
+        listed = tuple(adapter.config.modules_to_save)
+        module = next(
+            (m for m in _ancestors(replacement.path.rpartition(".")[0]) if m.endswith(listed)), None
         )
-        is_new = root not in WRAPPER_PREFIXES and not any(
-            name == root or name.startswith(root + ".") for name in self._slots
-        )
-        if replacement.is_base_copy or not adapter.config.modules_to_save or not is_listed:
+        if not listed or module is None or replacement.is_base_copy:
             return None
-        return Match(replacement.path, "exact") if is_new else None
+        parent, _, last = module.rpartition(".")
+        # inside something that the base names so, or a head of the model's own
+        has_home = self._has_tensors(parent) if parent else module not in WRAPPER_PREFIXES
+        # a head beside a stored one would be that one under another name
+        is_second_head = last in VOCABULARY_MODULES and self._embeddings.output in self._slots
+        if not has_home or self._has_tensors(module, of_base=True) or is_second_head:
+            return None
+        return Match(replacement.path, "exact")
+
+    def _has_tensors(self, module: str, *, of_base: bool = False) -> bool:
+        names = self._base.tensors if of_base else self._slots
+        return any(name.startswith(module + ".") for name in names)
 
     def _unmatched(self, adapter: Adapter, missing: list[tuple[str, str]]) -> PlanError:
         key, path = missing[0]
@@ -218,6 +241,28 @@ class _Builder:
         )
 
     # tied embeddings
+
+    def _check_tie_is_known(
+        self, placed: Mapping[str, Replacement], modules: Mapping[str, LoraModule]
+    ) -> None:
+        """Refuse a change to a matrix over the vocabulary that may share storage unknown to us."""
+        if self._embeddings.is_known:
+            return
+        vocabulary = self._base.config.get("vocab_size")
+        is_untied = is_declared_tied(self._base.config) is False
+        for name in (*placed, *modules):
+            stored = self._base.tensors.get(name)
+            if stored is None or (is_untied and name == self._embeddings.output):
+                continue
+            rows = stored.shape[0] if len(stored.shape) == 2 else None
+            is_embedding = name in modules and modules[name].is_embedding
+            if rows is not None and (rows == vocabulary or (is_embedding and vocabulary is None)):
+                raise PlanError(
+                    "adapter changes a matrix over the vocabulary that this family may share with "
+                    "others under names that are not known",
+                    where=f"'{name}' of {self._base.path}",
+                    hint="merge it with PEFT, or train without the embedding and the head",
+                )
 
     def _untie(
         self,
@@ -272,6 +317,24 @@ class _Builder:
     def _is_resized(self, name: str, replacement: Replacement) -> bool:
         return replacement.tensor.shape[:1] != self._slots[name].source.shape[:1]
 
+    def _is_plain_copy(self, name: str, replacement: Replacement) -> bool:
+        """Whether a copy to start from is the base itself; in a sum there is only one start.
+
+        Raises:
+            PlanError: It is another base than that of the adapters before it.
+        """
+        if not replacement.is_base_copy:
+            return False
+        if self._same_bytes(replacement.tensor, self._slots[name].source):
+            return True
+        if self._slots[name].terms:
+            raise PlanError(
+                "adapter_weights cannot be used where adapters start from different base tensors",
+                where=f"key '{replacement.tensor.name}' of {replacement.tensor.path}",
+                hint="leave adapter_weights out to merge one adapter after the other",
+            )
+        return False
+
     # changes to one tensor
 
     def _replace(self, name: str, replacement: Replacement) -> None:
@@ -280,7 +343,7 @@ class _Builder:
             dtype = self._base.main_dtype if tensor.dtype.is_mergeable else tensor.dtype
             self._slots[name] = _Slot(tensor, dtype, "added")
             return
-        is_vocabulary = name in {self._embeddings.input, self._embeddings.output}
+        is_vocabulary = name in self._vocabulary_names()
         fits = tensor.shape == slot.source.shape or (
             is_vocabulary and tensor.shape[1:] == slot.source.shape[1:]
         )
@@ -453,28 +516,36 @@ class _Builder:
             tuple(self._notes),
         )
 
+    def _vocabulary_names(self) -> list[str]:
+        """Tensors with a row per token: the embedding, the head, and the head's bias."""
+        head = self._embeddings.output
+        names = (self._embeddings.input, head, head.removesuffix("weight") + "bias")
+        return [name for name in names if name is not None]
+
     def _vocabulary_rows(self) -> int | None:
-        """Rows of the embedding, if they changed; the head must have as many."""
+        """Rows of the vocabulary, if they changed; they must change together.
+
+        They need not be equal: Llama 3.2 Vision's embedding has eight rows more than its head.
+        """
         source = self._embeddings.input
         if source is None:
             return None
         rows = {
-            name: self._slots[name].source.shape[0]
-            for name in (source, self._embeddings.output)
-            if name in self._slots
+            n: self._slots[n].source.shape[0] for n in self._vocabulary_names() if n in self._slots
         }
-        before = self._base.tensors[source].shape[0]
-        if all(count == before for count in rows.values()):
+        tied = self._base.tensors[source]
+        added = {n: count - self._base.tensors.get(n, tied).shape[0] for n, count in rows.items()}
+        if not any(added.values()):
             return None
-        if len(set(rows.values())) > 1:
+        if len(set(added.values())) > 1:
             raise PlanError(
-                "adapter resizes the embedding or the output head, but not both",
+                "adapter resizes a part of the vocabulary's tensors, but not all",
                 where=self._base.path,
-                expected="as many rows in each",
+                expected="as many rows more in each",
                 got=rows,
-                hint="train the adapter with both in modules_to_save",
+                hint="train the adapter with the embedding and the head in modules_to_save",
             )
-        return rows[source]
+        return rows.get(self._embeddings.output, rows[source])
 
 
 def _finish_slot(name: str, slot: _Slot, output_dtype: Dtype | None) -> TensorPlan:
@@ -525,7 +596,7 @@ def _check_weights(adapters: Sequence[Adapter], weights: tuple[float, ...]) -> N
             "adapter_weights cannot be used with DoRA: its result is not a sum",
             hint="leave adapter_weights out to merge one adapter after the other",
         )
-    if sum(bool(adapter.replacements) for adapter in adapters) > 1:
+    if sum(any(not r.is_base_copy for r in adapter.replacements) for adapter in adapters) > 1:
         raise PlanError(
             "adapter_weights cannot be used where several adapters replace whole tensors",
             hint="leave adapter_weights out to merge one adapter after the other",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-__all__ = ["Embeddings", "find_embeddings", "is_conv1d", "is_declared_tied"]
+__all__ = ["VOCABULARY_MODULES", "Embeddings", "find_embeddings", "is_conv1d", "is_declared_tied"]
 
 # the model types whose projections are transformers' Conv1D, stored (in_features, out_features),
 # and the names of those projections; every other layer of theirs is an ordinary Linear
@@ -19,8 +19,11 @@ _CONV1D_LAYERS = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 # module names of the input embedding, and of the output head that may share its tensor
 _INPUT_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 _OUTPUT_HEADS = ("lm_head", "embed_out", "output_layer")
+VOCABULARY_MODULES = frozenset({*_INPUT_EMBEDDINGS, *_OUTPUT_HEADS})
 # classes that end in a head over the vocabulary; classifiers and bare models have none
 _LANGUAGE_MODEL = re.compile(r"LM$|LMHead|ForConditionalGeneration|ForImageTextToText|Generation")
+# families whose tied head is called otherwise, so that a head written as lm_head would be ignored
+_OTHER_HEADS = frozenset({"biogpt", "modernbert", "modernbert-decoder", "trocr", "blip_2"})
 # towers that bring embeddings of their own; the language model's are meant
 # BERT-like encoders (`embeddings.word_embeddings`) tie their head by other names
 _OTHER_TOWERS = (
@@ -44,6 +47,8 @@ class Embeddings:
     """Name that the head has, or would have if it were stored."""
     is_tied: bool
     """Whether the base has one tensor for both."""
+    is_known: bool
+    """Whether it is certain which tensors share storage; if not, none of them may be changed."""
 
 
 def is_conv1d(module: str, *, config: Mapping[str, Any]) -> bool:
@@ -73,7 +78,17 @@ def find_embeddings(names: Collection[str], *, config: Mapping[str, Any]) -> Emb
     head = _find(names, _OUTPUT_HEADS)
     declared = is_declared_tied(config)
     is_tied = source is not None and (declared is True or (declared is None and head is None))
-    return Embeddings(source, head or _head_name(source), is_tied and _has_head(config))
+    has_head = _has_head(config)
+    is_known = not _is_encoder_decoder(config) and (
+        not has_head
+        or declared is False
+        or (source is not None and config.get("model_type") not in _OTHER_HEADS)
+    )
+    return Embeddings(source, head or _head_name(source), is_tied and has_head, is_known)
+
+
+def _is_encoder_decoder(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("is_encoder_decoder"))
 
 
 def _has_head(config: Mapping[str, Any]) -> bool:

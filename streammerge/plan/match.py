@@ -12,6 +12,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from streammerge.plan.family import VOCABULARY_MODULES
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -78,7 +80,9 @@ class NameResolver:
         parts = path.split(".")
         # a shorter end that lost a layer number would match another layer
         numbered = [at for at, part in enumerate(parts) if part.isdigit()]
-        last_start = max(numbered[0] - 1, 0) if numbered else max(len(parts) - 2, 0)
+        # without a number, two components say too little: `pooler.dense` is not some other `dense`
+        keeps = 2 if parts[-2:-1] and parts[-2] in VOCABULARY_MODULES else 3
+        last_start = max(numbered[0] - 1, 0) if numbered else max(len(parts) - keeps, 0)
         candidates = self._by_last.get(_tail(path), [])
         for start in range(1, last_start + 1):
             end = "." + ".".join(parts[start:])

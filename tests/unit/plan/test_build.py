@@ -405,7 +405,7 @@ def test_a_layer_of_a_listed_head_never_replaces_a_tensor_of_the_base() -> None:
     [
         ("score.weight", ()),
         ("score.weight", ("classifier",)),
-        ("model.score.weight", ("score",)),
+        ("other.score.weight", ("score",)),
     ],
 )
 def test_a_head_that_is_not_listed_or_not_new_is_an_error(
@@ -413,6 +413,43 @@ def test_a_head_that_is_not_listed_or_not_new_is_an_error(
 ) -> None:
     with pytest.raises(PlanError, match="has no base tensor"):
         plan(checkpoint(), adapter(whole(path, (3, DIM)), modules_to_save=listed))
+
+
+def test_a_new_module_may_stand_inside_a_part_of_the_base() -> None:
+    part = whole("model.pooler.dense.weight", (DIM, DIM))
+    plans = plan(checkpoint(), adapter(part, modules_to_save=("pooler",)))
+    assert changes(plans) == {"model.pooler.dense.weight": "added"}
+
+
+def test_a_second_head_is_never_added_beside_one_of_another_name() -> None:
+    shapes = {EMBED: (8, DIM), "embed_out.weight": (8, DIM)}
+    base = checkpoint(shapes, {"model_type": "gpt_neox", "tie_word_embeddings": False})
+    with pytest.raises(PlanError, match="has no base tensor"):
+        plan(base, adapter(whole("lm_head.weight", (8, DIM)), modules_to_save=("lm_head",)))
+
+
+@pytest.mark.parametrize(
+    ("config", "is_refused"),
+    [
+        ({"is_encoder_decoder": True, "vocab_size": 8}, True),
+        ({"is_encoder_decoder": True}, True),
+        ({"model_type": "biogpt", "vocab_size": 8, "architectures": ["BioGptForCausalLM"]}, True),
+        ({"architectures": ["BertForMaskedLM"], "model_type": "modernbert", "vocab_size": 8}, True),
+        ({"architectures": ["LlamaForCausalLM"], "vocab_size": 8}, False),
+        ({"architectures": ["BertForSequenceClassification"], "vocab_size": 8}, False),
+    ],
+)
+def test_a_vocabulary_that_may_be_shared_unknown_to_us_is_not_changed(
+    config: dict[str, Any], *, is_refused: bool
+) -> None:
+    base = checkpoint({EMBED: (VOCAB, DIM), f"{Q}.weight": (DIM, DIM)}, config)
+    change = adapter(embedding())
+    if is_refused:
+        with pytest.raises(PlanError, match="may share"):
+            plan(base, change)
+        plan(base, adapter(module()))
+    else:
+        plan(base, change)
 
 
 def test_a_base_copy_is_never_a_new_head() -> None:
@@ -685,7 +722,7 @@ def test_resized_vocabulary_edits_the_section(
 
 @pytest.mark.parametrize("name", [EMBED, HEAD])
 def test_resizing_one_end_alone_is_an_error(name: str) -> None:
-    with pytest.raises(PlanError, match="resizes the embedding or the output head, but not both"):
+    with pytest.raises(PlanError, match="resizes a part of the vocabulary's tensors, but not all"):
         plan(checkpoint(), adapter(whole(name, (10, DIM))))
 
 

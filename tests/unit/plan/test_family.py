@@ -43,13 +43,13 @@ def test_declared_ties(config: dict[str, Any], expected: bool | None) -> None:
 def test_tied_if_declared_or_without_a_head(
     names: list[str], config: dict[str, Any], is_tied: bool
 ) -> None:
-    assert find_embeddings(names, config=config) == Embeddings(EMBED, HEAD, is_tied)
+    found = find_embeddings(names, config=config)
+    assert found == Embeddings(EMBED, HEAD, is_tied=is_tied, is_known=True)
 
 
 def test_a_model_without_an_embedding_is_not_tied() -> None:
-    assert find_embeddings(["a.weight"], config={"tie_word_embeddings": True}) == Embeddings(
-        None, HEAD, is_tied=False
-    )
+    found = find_embeddings(["a.weight"], config={"tie_word_embeddings": True})
+    assert found == Embeddings(None, "lm_head.weight", is_tied=False, is_known=False)
 
 
 @pytest.mark.parametrize(

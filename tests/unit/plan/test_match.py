@@ -91,11 +91,14 @@ def test_every_number_of_a_nested_path_counts() -> None:
     assert found.find("x.y.layers.0.experts.1.w1.weight") is not None
 
 
-def test_suffix_without_layers_needs_the_module_and_the_parameter() -> None:
-    found = resolver("model.visual.merger.weight")
-    assert found.find("vlm.merger.weight") == Match("model.visual.merger.weight", "suffix")
+def test_suffix_without_layers_needs_two_modules_or_a_name_that_is_unique() -> None:
+    found = resolver("model.visual.merger.mlp.weight", "a.b.embed_tokens.weight")
+    mlp = Match("model.visual.merger.mlp.weight", "suffix")
+    assert found.find("vlm.merger.mlp.weight") == mlp
+    assert found.find("vlm.mlp.weight") is None
     assert found.find("merger.weight") is None
-    assert found.find("vlm.other.weight") is None
+    embedding = Match("a.b.embed_tokens.weight", "suffix")
+    assert found.find("x.y.embed_tokens.weight") == embedding
 
 
 def test_a_path_without_a_layer_never_matches_a_tensor_of_a_layer() -> None:
