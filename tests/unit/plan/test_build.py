@@ -902,3 +902,10 @@ def test_kept_shards_are_those_of_the_base_whatever_is_replaced() -> None:
         [f"{Q}.weight"],
         [NORM, HEAD],
     ]
+
+
+def test_an_embedding_may_have_more_rows_than_the_head() -> None:
+    shapes = {**UNTIED_SHAPES, EMBED: (VOCAB + 3, DIM)}
+    plans = plan(checkpoint(shapes), adapter(module()))
+    assert plans.vocabulary_rows is None
+    assert changes(plans) == {f"{Q}.weight": "merged"}
