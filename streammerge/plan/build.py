@@ -6,19 +6,18 @@ What does not fit is an error before any write, with the nearest names.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from streammerge.errors import ConfigError, PlanError
+from streammerge.errors import PlanError
+from streammerge.plan.checks import check_quantized, check_weights
 from streammerge.plan.config_edits import edit_config
-from streammerge.plan.family import (
-    VOCABULARY_MODULES,
-    find_embeddings,
-    is_conv1d,
-    is_declared_tied,
-)
-from streammerge.plan.match import WRAPPER_PREFIXES, Match, NameResolver
+from streammerge.plan.family import find_embeddings, is_conv1d, is_declared_tied
+from streammerge.plan.match import NameResolver
 from streammerge.plan.ops import ApplyTerms, BiasTerm, CopyBytes, LoraTerm, TensorPlan
+from streammerge.plan.place import place_adapter
+from streammerge.plan.tying import TieDecision, check_tie_is_known, decide_tie
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -96,8 +95,8 @@ def plan_tensors(
         same_bytes,
         is_sum=bool(options.adapter_weights),
     )
-    _check_quantized(base, adapters, options)
-    _check_weights(adapters, options.adapter_weights)
+    check_quantized(base, adapters, output_dtype=options.output_dtype)
+    check_weights(adapters, options.adapter_weights)
     for number, adapter in enumerate(adapters):
         weight = options.adapter_weights[number] if options.adapter_weights else 1.0
         builder.add_adapter(adapter, weight=weight)
@@ -124,7 +123,7 @@ class _Builder:
         self._heads_differ = False
         self._used: set[str] = set()
         self._used_before = 0
-        self._matches: dict[str, int] = {}
+        self._matches: Counter[str] = Counter()
         self._notes: list[str] = []
 
     # one adapter
@@ -133,19 +132,30 @@ class _Builder:
         """Apply one adapter on top of what stands."""
         self._used_before += len(self._used)
         self._used = set()
-        placed, modules, missing = self._place(adapter)
-        if missing:
-            raise self._unmatched(adapter, missing)
-        self._check_tie_is_known(placed, modules)
-        skipped = self._untie(adapter, placed, modules)
+        placement = place_adapter(
+            adapter,
+            base=self._base,
+            resolver=self._resolver,
+            embeddings=self._embeddings,
+            names=self._slots.keys(),
+        )
+        placed, modules = placement.placed, placement.modules
+        self._matches.update(placement.matches)
+        check_tie_is_known(
+            self._embeddings,
+            placed=placed,
+            modules=modules,
+            tensors=self._base.tensors,
+            config=self._base.config,
+        )
+        tie = self._untie(adapter, placed, modules)
         for name, replacement in placed.items():
             self._use(replacement.tensor)
-            if name not in skipped and not (
-                self._is_sum and self._is_plain_copy(name, replacement)
-            ):
+            is_start = self._is_sum and self._is_plain_copy(name, replacement)
+            if name not in tie.placed_done and not is_start:
                 self._replace(name, replacement)
         for name, module in modules.items():
-            if name in skipped:
+            if name in tie.modules_done:
                 self._use(module.a, module.b)
             else:
                 self._add_module(adapter, name, module, weight=weight)
@@ -153,169 +163,36 @@ class _Builder:
         self._check_ledger(adapter)
         self._note_adapter(adapter, placed)
 
-    def _place(
-        self, adapter: Adapter
-    ) -> tuple[dict[str, Replacement], dict[str, LoraModule], list[tuple[str, str]]]:
-        """Find the tensor that each part of an adapter is for."""
-        placed: dict[str, Replacement] = {}
-        modules: dict[str, LoraModule] = {}
-        missing: list[tuple[str, str]] = []
-        for replacement in adapter.replacements:
-            # a new head may end like some tensor of the base: its own name is asked for first
-            path = replacement.path
-            match = (
-                self._find_known(path)
-                or self._added(adapter, replacement)
-                or self._resolver.find(path)
-            )
-            if match is None:
-                missing.append((replacement.tensor.name, replacement.path))
-            else:
-                self._take(placed, match, replacement, key=replacement.tensor.name)
-        for module in adapter.modules:
-            path = f"{module.module}.weight"
-            match = self._find_known(path) or self._resolver.find(path)
-            if match is None:
-                missing.append((module.a.name, path))
-            else:
-                self._take(modules, match, module, key=module.a.name)
-        return placed, modules, missing
-
-    def _find_known(self, path: str) -> Match | None:
-        match = self._resolver.find_known(path)
-        if match is None and path in self._slots:
-            # a tensor that an adapter before this one added
-            return Match(path, "exact")
-        if (
-            match is None
-            and self._embeddings.is_tied
-            and _is_same_head(path, self._embeddings.output)
-        ):
-            return Match(self._embeddings.output, "exact")
-        return match
-
-    def _take(self, into: dict[str, Any], match: Match, value: object, *, key: str) -> None:
-        if match.name in into:
-            raise PlanError(
-                "two modules of the adapter mean the same base tensor",
-                where=f"key '{key}'",
-                got=match.name,
-                hint="adapter of another model family?",
-            )
-        into[match.name] = value
-        self._matches[match.how] = self._matches.get(match.how, 0) + 1
-
-    def _added(self, adapter: Adapter, replacement: Replacement) -> Match | None:
-        """Accept a tensor that the base lacks, of a module in modules_to_save that is all new."""
-        listed = tuple(adapter.config.modules_to_save)
-        module = next(
-            (m for m in _ancestors(replacement.path.rpartition(".")[0]) if m.endswith(listed)), None
-        )
-        if not listed or module is None or replacement.is_base_copy:
-            return None
-        parent, _, last = module.rpartition(".")
-        # inside something that the base names so, or a head of the model's own
-        has_home = self._has_tensors(parent) if parent else module not in WRAPPER_PREFIXES
-        # a head beside a stored one would be that one under another name
-        is_second_head = last in VOCABULARY_MODULES and self._embeddings.output in self._slots
-        if not has_home or self._has_tensors(module, of_base=True) or is_second_head:
-            return None
-        return Match(replacement.path, "exact")
-
-    def _has_tensors(self, module: str, *, of_base: bool = False) -> bool:
-        names = self._base.tensors if of_base else self._slots
-        return any(name.startswith(module + ".") for name in names)
-
-    def _unmatched(self, adapter: Adapter, missing: list[tuple[str, str]]) -> PlanError:
-        key, path = missing[0]
-        count = (
-            f"{len(missing)} adapter tensors have" if len(missing) > 1 else "an adapter tensor has"
-        )
-        return PlanError(
-            f"{count} no base tensor, the first is '{key}'",
-            where=adapter.path,
-            expected=f"'{path}' in {self._base.path}",
-            got=f"nearest: {', '.join(self._resolver.nearest(path))}",
-            hint=f"another base? The adapter names {adapter.config.base_model!r}; "
-            "names of a transformers version that renames layers need transformers installed",
-        )
-
     # tied embeddings
-
-    def _check_tie_is_known(
-        self, placed: Mapping[str, Replacement], modules: Mapping[str, LoraModule]
-    ) -> None:
-        """Refuse a change to a matrix over the vocabulary that may share storage unknown to us."""
-        if self._embeddings.is_known:
-            return
-        vocabulary = self._base.config.get("vocab_size")
-        is_untied = is_declared_tied(self._base.config) is False
-        for name in (*placed, *modules):
-            stored = self._base.tensors.get(name)
-            if stored is None or (is_untied and name == self._embeddings.output):
-                continue
-            rows = stored.shape[0] if len(stored.shape) == 2 else None
-            is_embedding = name in modules and modules[name].is_embedding
-            if rows is not None and (rows == vocabulary or (is_embedding and vocabulary is None)):
-                raise PlanError(
-                    "adapter changes a matrix over the vocabulary that this family may share with "
-                    "others under names that are not known",
-                    where=f"'{name}' of {self._base.path}",
-                    hint="merge it with PEFT, or train without the embedding and the head",
-                )
 
     def _untie(
         self,
         adapter: Adapter,
-        placed: dict[str, Replacement],
-        modules: dict[str, LoraModule],
-    ) -> set[str]:
-        """Give the output head a tensor of its own where an adapter makes it differ.
-
-        The trained model reads the embedding and the head through different adapter tensors, so the
-        faithful merge keeps them apart, where PEFT adds each delta to the one shared tensor.
-
-        Returns:
-            Names whose parts are already accounted for, because the other end of the pair carries
-            them.
-        """
+        placed: Mapping[str, Replacement],
+        modules: Mapping[str, LoraModule],
+    ) -> TieDecision:
+        """Apply what an adapter makes of a tied pair, before its own tensors are applied."""
         source, head = self._embeddings.input, self._embeddings.output
         if source is None or head in self._slots or not self._embeddings.is_tied:
-            if source in placed.keys() | modules.keys() or head in placed.keys() | modules.keys():
-                self._heads_differ = head in self._slots
-            return set()
-        skipped = set()
-        ours, theirs = placed.get(source), placed.get(head)
-        if ours is not None and theirs is not None:
-            if self._same_bytes(ours.tensor, theirs.tensor):
-                skipped.add(head)
-            else:
-                self._split(source, head)
-        elif ours is not None and not ours.is_base_copy and not self._is_resized(source, ours):
-            self._split(source, head)
-        elif theirs is not None and theirs.is_base_copy:
-            # the copy is of the shared tensor: both ends start from it
-            self._replace(source, theirs)
-            skipped.add(head)
-        elif theirs is not None:
-            self._split(source, head)
-        if head not in self._slots and (source in modules or head in modules):
-            if source in modules and head in modules and adapter.config.ensure_weight_tying:
-                return skipped | {head}
-            # both ends start from the shared tensor, as far as this adapter replaces it
-            if ours is not None:
-                self._replace(source, ours)
-            self._split(source, head)
-        return skipped if head not in self._slots or head not in modules else skipped - {head}
-
-    def _split(self, source: str, head: str) -> None:
-        self._slots[head] = self._slots[source].copy()
-        if self._slots[head].change == "copied":
-            self._slots[head].change = "added"
-        self._heads_differ = True
-
-    def _is_resized(self, name: str, replacement: Replacement) -> bool:
-        return replacement.tensor.shape[:1] != self._slots[name].source.shape[:1]
+            touched = placed.keys() | modules.keys()
+            self._heads_differ |= head in self._slots and not touched.isdisjoint({source, head})
+            return TieDecision()
+        decision = decide_tie(
+            (source, head),
+            placed=placed,
+            modules=modules,
+            shared_rows=self._slots[source].source.shape[0],
+            trains_as_one=adapter.config.ensure_weight_tying,
+            same_bytes=self._same_bytes,
+        )
+        if decision.start is not None:
+            self._replace(source, decision.start)
+        if decision.splits:
+            own = self._slots[source].copy()
+            own.change = "added" if own.change == "copied" else own.change
+            self._slots[head] = own
+            self._heads_differ = True
+        return decision
 
     def _is_plain_copy(self, name: str, replacement: Replacement) -> bool:
         """Whether a copy to start from is the base itself; in a sum there is only one start.
@@ -558,46 +435,3 @@ def _finish_slot(name: str, slot: _Slot, output_dtype: Dtype | None) -> TensorPl
     return TensorPlan(
         name, dtype, slot.source, ApplyTerms(slot.work_dtype, tuple(slot.terms)), change
     )
-
-
-def _is_same_head(path: str, head: str) -> bool:
-    return path == head or path.rsplit(".", 2)[-2:] == head.rsplit(".", 2)[-2:]
-
-
-def _ancestors(module: str) -> list[str]:
-    parts = module.split(".")
-    return [".".join(parts[: count + 1]) for count in range(len(parts))]
-
-
-def _check_quantized(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptions) -> None:
-    quantized = base.config.get("quantization_config")
-    if quantized and (adapters or options.output_dtype is not None):
-        method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else "?"
-        raise PlanError(
-            "base is quantized: a delta cannot be added to its codes",
-            where=base.path,
-            expected="the unquantized base (16 or 32 bit)",
-            got=f"quantization_config of {method}",
-            hint="set model_name_or_path to the model that was quantized",
-        )
-
-
-def _check_weights(adapters: Sequence[Adapter], weights: tuple[float, ...]) -> None:
-    if not weights:
-        return
-    if len(weights) != len(adapters):
-        raise ConfigError(
-            "adapter_weights and adapter_name_or_path differ in length",
-            expected=f"{len(adapters)} weights",
-            got=len(weights),
-        )
-    if any(adapter.config.use_dora for adapter in adapters):
-        raise PlanError(
-            "adapter_weights cannot be used with DoRA: its result is not a sum",
-            hint="leave adapter_weights out to merge one adapter after the other",
-        )
-    if sum(any(not r.is_base_copy for r in adapter.replacements) for adapter in adapters) > 1:
-        raise PlanError(
-            "adapter_weights cannot be used where several adapters replace whole tensors",
-            hint="leave adapter_weights out to merge one adapter after the other",
-        )
