@@ -83,7 +83,7 @@ def test_a_target_is_counted_to_the_byte() -> None:
     assert plan.least_bytes == (
         1000
         + MARGIN_BYTES
-        + TENSOR_RECORD_BYTES
+        + 3 * TENSOR_RECORD_BYTES
         + slab * (MIN_SLAB_COUNT + 1)
         + SCRATCH_BUFFERS * plan.scratch_bytes
         + FACTOR_SLOTS * factors
