@@ -20,12 +20,13 @@ _CONV1D_LAYERS = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 _INPUT_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 _OUTPUT_HEADS = ("lm_head", "embed_out", "output_layer")
 VOCABULARY_MODULES = frozenset({*_INPUT_EMBEDDINGS, *_OUTPUT_HEADS})
-# classes that end in a head over the vocabulary; classifiers and bare models have none
-_LANGUAGE_MODEL = re.compile(r"LM$|LMHead|ForConditionalGeneration|ForImageTextToText|Generation")
+# classes that have no head over the vocabulary, and so nothing that the embedding could be tied to;
+# a bare model may be loaded with one later
+_HEADLESS = re.compile(r"Classification$|QuestionAnswering$|MultipleChoice$|Reward")
 # families whose tied head is called otherwise, so that a head written as lm_head would be ignored
 _OTHER_HEADS = frozenset({"biogpt", "modernbert", "modernbert-decoder", "trocr", "blip_2"})
-# towers that bring embeddings of their own; the language model's are meant
-# BERT-like encoders (`embeddings.word_embeddings`) tie their head by other names
+# not the language model's: what other towers bring, and what BERT-like encoders have, whose head is
+# tied under other names
 _OTHER_TOWERS = (
     "embeddings.word",
     "vision",
@@ -92,9 +93,8 @@ def _is_encoder_decoder(config: Mapping[str, Any]) -> bool:
 
 
 def _has_head(config: Mapping[str, Any]) -> bool:
-    """Whether the model's class has an output head; assumed where config.json names no class."""
-    classes = config.get("architectures") or []
-    return not classes or any(_LANGUAGE_MODEL.search(str(name)) for name in classes)
+    """Whether the model's class has an output head; assumed where none is known to be without."""
+    return not any(_HEADLESS.search(str(name)) for name in config.get("architectures") or [])
 
 
 def _find(names: Collection[str], modules: tuple[str, ...]) -> str | None:

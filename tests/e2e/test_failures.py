@@ -10,14 +10,19 @@ import struct
 import subprocess
 import sys
 import time
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
+
+import streammerge
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+export_module: Any = import_module("streammerge.engine.export")
 Run = Any
 
 
@@ -206,3 +211,112 @@ def test_output_is_never_an_input_or_taken(case: Any, run_cli: Run) -> None:
     assert run_cli("export", case.config, "--overwrite")[0] == 0
     assert not (case.output / "mine.txt").exists()
     assert case.left_behind() == ["merged"]
+
+
+def test_a_pipe_in_place_of_a_shard_is_refused(case: Any, run_cli: Run) -> None:
+    shard(case).unlink()
+    os.mkfifo(shard(case))
+    code, _, err = run_cli("export", case.config)
+    assert code == 3
+    assert "not a regular file" in err
+
+
+def test_a_base_that_changes_during_the_run_is_refused(
+    case: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = export_module._Run.write_rest
+
+    def change(run: Any) -> None:
+        real(run)
+        shard(case).touch()
+
+    monkeypatch.setattr(export_module._Run, "write_rest", change)
+    with pytest.raises(streammerge.InputError, match="changed during the run"):
+        streammerge.export(case.config)
+    assert case.left_behind() == []
+
+
+def test_a_folder_filled_during_the_run_is_not_replaced(
+    case: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = export_module._Run.verify
+
+    def fill(run: Any) -> None:
+        real(run)
+        case.output.mkdir()
+        (case.output / "mine.txt").write_text("keep")
+
+    monkeypatch.setattr(export_module._Run, "verify", fill)
+    with pytest.raises(streammerge.OutputExistsError, match="filled during the run"):
+        streammerge.export(case.config)
+    assert (case.output / "mine.txt").read_text() == "keep"
+    monkeypatch.undo()
+    (case.output / "mine.txt").unlink()
+    # the finished shards were kept
+    assert streammerge.export(case.config).resumed_shards == 1
+
+
+def test_what_a_resume_depends_on_is_part_of_the_plan(
+    case: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    not_finite(case)
+
+    def stop(_run: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_module._Run, "verify", stop)
+    settings = {
+        "model_name_or_path": str(case.base),
+        "adapter_name_or_path": str(case.adapter),
+        "export_dir": str(case.output),
+    }
+    with pytest.raises(streammerge.InterruptedRunError):
+        streammerge.export({**settings, "allow_nonfinite": True})
+    monkeypatch.undo()
+    # shards with NaN, written where they were allowed, are not taken over where they are not
+    with pytest.raises(streammerge.NonFiniteError):
+        streammerge.export(settings)
+
+
+def test_legacy_format_that_cannot_hold_a_dtype_is_refused_before_any_write(
+    case: Any, run_cli: Run
+) -> None:
+    save_file(
+        {"model.steps": np.ones(3, np.uint32)},
+        shard(case),
+    )
+    index = case.base / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    del weight_map["model.embed_tokens.weight"]
+    case.write_json(index, {"weight_map": {**weight_map, "model.steps": shard(case).name}})
+    code, _, err = run_cli("export", case.config, "export_legacy_format=true")
+    assert code == 2
+    assert "U32" in err
+    assert case.left_behind() == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
+def test_a_mount_point_is_refused_before_any_write(case: Any, run_cli: Run) -> None:
+    case.output.mkdir(parents=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "none", str(case.output)], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("this sandbox does not mount")
+    try:
+        code, _, err = run_cli("export", case.config)
+    finally:
+        subprocess.run(["umount", str(case.output)], check=True)
+    assert code == 2
+    assert "mount point" in err
+
+
+def test_a_small_disk_is_refused_before_any_write(
+    case: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "shutil.disk_usage", lambda _path: type("Usage", (), {"free": 10**6, "total": 1, "used": 1})
+    )
+    with pytest.raises(streammerge.DiskSpaceError, match="not enough free disk space"):
+        streammerge.export(case.config)
+    assert case.left_behind() == []

@@ -27,7 +27,9 @@ def test_a_tensor_larger_than_the_ceiling_is_merged_below_it(tmp_path: Path, run
         file.write(head)
         # a sparse file: 410 MB of zeros that take no disk
         file.truncate(offset + spec.nbytes)
-    (base / "config.json").write_text(json.dumps({"model_type": "x", "architectures": ["XModel"]}))
+    (base / "config.json").write_text(
+        json.dumps({"model_type": "x", "architectures": ["XForTokenClassification"]})
+    )
     key = "base_model.model.model.embed_tokens.lora_embedding_"
     factors = {f"{key}A": np.ones((2, ROWS), np.float32), f"{key}B": np.ones((COLUMNS, 2), "f4")}
     save_file(factors, adapter / "adapter_model.safetensors")
