@@ -1,6 +1,6 @@
 """`python -m streammerge`."""
 
-from streammerge.cli.app import main
+from streammerge.cli.app import run
 
 if __name__ == "__main__":
-    main()
+    run()

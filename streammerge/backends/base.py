@@ -19,11 +19,11 @@ class Tile:
     begin: int
     end: int
     buffer: memoryview
-    """Holds the source rows on entry (see `source_offset`), the output rows on return, from byte
-    0.
-    """
+    """Holds the source rows on entry, the output rows on return."""
+    output_offset: int
+    """Where the output rows go in `buffer`."""
     source_offset: int
-    """Where the source rows begin in `buffer`: at its end if the output's items are wider."""
+    """Where the source rows begin: so that no output row is over a source row still to be read."""
 
 
 class TargetFactors(Protocol):
@@ -31,7 +31,7 @@ class TargetFactors(Protocol):
 
 
 class Backend(Protocol):
-    """Arithmetic on one device."""
+    """Arithmetic on one device; several threads may call it at the same time."""
 
     name: str
 

@@ -8,6 +8,7 @@ from streammerge.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from streammerge.backends.base import Backend
+    from streammerge.config.tuning import ComputeTuning
     from streammerge.plan.ops import Numerics
 
 __all__ = ["check_device", "select_backend"]
@@ -26,8 +27,14 @@ def check_device(device: Literal["cpu", "auto", "cuda"]) -> None:
         )
 
 
-def select_backend(*, numerics: Numerics, threads: int, scratch_bytes: int) -> Backend:
-    """Start the backend. Imports torch."""
+def select_backend(*, numerics: Numerics, scratch_bytes: int, tuning: ComputeTuning) -> Backend:
+    """Start the backend. Imports torch.
+
+    Args:
+        numerics: What a merge rounds, and when.
+        scratch_bytes: Most bytes of one product, in each thread that merges.
+        tuning: How large a product is, by rank.
+    """
     from streammerge.backends.torch_cpu import TorchCpuBackend  # noqa: PLC0415 (keeps `plan` fast)
 
-    return TorchCpuBackend(numerics=numerics, threads=threads, scratch_bytes=scratch_bytes)
+    return TorchCpuBackend(numerics=numerics, scratch_bytes=scratch_bytes, tuning=tuning)

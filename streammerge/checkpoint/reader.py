@@ -1,32 +1,36 @@
 """Bounded reads of weight files into buffers of the caller's.
 
-Two ways, equal to the byte: `buffered` (positional reads) and `mmap` (a mapping whose pages are
-dropped as soon as they are copied). Both ask the kernel to read ahead, and drop the page cache
-behind a file that is read once from front to back, so that a merge of a 140 GB base does not evict
-everything else.
+Three ways, equal to the byte: `direct` (past the page cache), `buffered` (positional reads), and
+`mmap` (a mapping whose pages are dropped as soon as they are copied). The last two ask the kernel
+to read ahead, and drop the page cache behind a file that is read once from front to back, so that a
+merge of a 140 GB base does not evict everything else.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-from typing import TYPE_CHECKING, Literal, Protocol
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from streammerge.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from streammerge.checkpoint.header import StoredTensor
+    from streammerge.checkpoint.slab import Slab
+    from streammerge.config.tuning import FileMode
 
-__all__ = ["FileReader", "IoMode", "ReaderPool", "open_reader"]
-
-IoMode = Literal["auto", "buffered", "mmap"]
+__all__ = ["FileReader", "ReaderPool", "open_reader", "read_failing"]
 
 _PAGE = mmap.PAGESIZE
 READ_AHEAD_BYTES = 32 << 20
+# shards of a base come one after the other; an adapter's tensors come from one file
+_MAX_OPEN_FILES = 16
 
 
 class FileReader(Protocol):
@@ -37,6 +41,13 @@ class FileReader(Protocol):
 
         Raises:
             CheckpointError: The file ends before the buffer is full, or the device fails.
+        """
+
+    def read_slab(self, offset: int, slab: Slab, *, at: int, nbytes: int) -> None:
+        """Fill `slab[at : at + nbytes]` with the bytes at `offset`; bytes after it may change.
+
+        Raises:
+            CheckpointError: The file ends before, or the device fails.
         """
 
     def forget(self, offset: int, nbytes: int) -> None:
@@ -50,7 +61,7 @@ class BufferedReader:
     """Read with `preadv`."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._file = os.open(path, os.O_RDONLY)
         self._ahead = 0
         os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
@@ -62,13 +73,15 @@ class BufferedReader:
             try:
                 count = os.preadv(self._file, [buffer[done:]], offset + done)
             except OSError as error:
-                raise CheckpointError(
-                    f"cannot read ({error.strerror})", where=f"{self._path} at byte {offset + done}"
-                ) from error
+                raise read_failing(self.path, offset + done, error) from error
             if count == 0:
-                raise _truncated(self._path, offset + len(buffer), offset + done)
+                raise self.truncated(offset + len(buffer), offset + done)
             done += count
         self._read_ahead(offset + len(buffer))
+
+    def read_slab(self, offset: int, slab: Slab, *, at: int, nbytes: int) -> None:
+        """Fill `slab[at : at + nbytes]` with the bytes at `offset`."""
+        self.read_into(offset, slab.view[at : at + nbytes])
 
     def forget(self, offset: int, nbytes: int) -> None:
         """Drop the cached pages that lie wholly inside the range."""
@@ -77,6 +90,10 @@ class BufferedReader:
     def close(self) -> None:
         """Release the file."""
         os.close(self._file)
+
+    def truncated(self, expected: int, got: int) -> CheckpointError:
+        """Return the error that says where the file ends too early."""
+        return _truncated(self.path, expected, got)
 
     def _read_ahead(self, end: int) -> None:
         # asked for in strides: once per read costs more than the reads where tensors are small
@@ -109,6 +126,10 @@ class MappedReader:
         np.copyto(np.frombuffer(buffer, dtype=np.uint8), self._bytes[offset:end])
         self._drop(offset, end)
 
+    def read_slab(self, offset: int, slab: Slab, *, at: int, nbytes: int) -> None:
+        """Fill `slab[at : at + nbytes]` with the bytes at `offset`."""
+        self.read_into(offset, slab.view[at : at + nbytes])
+
     def forget(self, offset: int, nbytes: int) -> None:
         """Drop the cached pages that lie wholly inside the range."""
         os.posix_fadvise(self._file, offset, nbytes, os.POSIX_FADV_DONTNEED)
@@ -124,24 +145,28 @@ class MappedReader:
         self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
-def open_reader(path: Path, *, mode: IoMode) -> FileReader:
+def open_reader(path: Path, *, mode: FileMode) -> FileReader:
     """Open a file for positional reads.
 
     Raises:
         CheckpointError: The file cannot be opened.
     """
+    from streammerge.checkpoint.direct import DirectReader  # noqa: PLC0415 (it builds on this one)
+
+    kinds: dict[FileMode, Callable[[Path], FileReader]]
+    kinds = {"direct": DirectReader, "buffered": BufferedReader, "mmap": MappedReader}
     try:
-        return MappedReader(path) if mode == "mmap" else BufferedReader(path)
+        return kinds[mode](path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot open the file ({error})", where=path) from error
 
 
 class ReaderPool:
-    """The open files of one run, opened on first use. One thread at a time may use a pool."""
+    """The open files of one thread, opened on first use; the one unused for longest is closed."""
 
-    def __init__(self, *, mode: IoMode) -> None:
+    def __init__(self, *, mode: FileMode) -> None:
         self._mode = mode
-        self._readers: dict[Path, FileReader] = {}
+        self._readers: OrderedDict[Path, FileReader] = OrderedDict()
 
     def __enter__(self) -> ReaderPool:
         return self
@@ -151,7 +176,11 @@ class ReaderPool:
 
     def reader(self, path: Path) -> FileReader:
         """Return the open reader of a file."""
-        if path not in self._readers:
+        if path in self._readers:
+            self._readers.move_to_end(path)
+        else:
+            if len(self._readers) == _MAX_OPEN_FILES:
+                self._readers.popitem(last=False)[1].close()
             self._readers[path] = open_reader(path, mode=self._mode)
         return self._readers[path]
 
@@ -163,6 +192,11 @@ class ReaderPool:
         """Close every file."""
         while self._readers:
             self._readers.popitem()[1].close()
+
+
+def read_failing(path: Path, offset: int, error: OSError) -> CheckpointError:
+    """Return the error that says where a device failed."""
+    return CheckpointError(f"cannot read ({error.strerror})", where=f"{path} at byte {offset}")
 
 
 def _truncated(path: Path, expected: int, got: int) -> CheckpointError:

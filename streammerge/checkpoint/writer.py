@@ -17,8 +17,16 @@ if TYPE_CHECKING:
     from typing import IO
 
     from streammerge.checkpoint.header import TensorSpec
+    from streammerge.checkpoint.slab import Slab
 
-__all__ = ["PARTIAL_SUFFIX", "SafetensorsWriter", "ShardWriter", "TorchBinWriter", "writing"]
+__all__ = [
+    "PARTIAL_SUFFIX",
+    "SafetensorsWriter",
+    "ShardFile",
+    "ShardWriter",
+    "TorchBinWriter",
+    "writing",
+]
 
 PARTIAL_SUFFIX = ".partial"
 # write-back starts as soon as a stretch of this size is full, and its pages are dropped one stretch
@@ -48,10 +56,10 @@ def writing(path: Path) -> Iterator[None]:
 
 
 class ShardWriter(Protocol):
-    """One output shard: `write` its data from front to back, then `finish`."""
+    """One output shard: `write_slab` its data, then `finish`."""
 
-    def write(self, offset: int, data: memoryview) -> None:
-        """Write `data` at `offset`, a place of the plan's layout."""
+    def write_slab(self, offset: int, slab: Slab, *, at: int, nbytes: int) -> None:
+        """Write `slab[at : at + nbytes]` at `offset`, a place of the plan's layout."""
 
     def finish(self) -> int:
         """Make the shard durable, give it its name, and return its size in bytes."""
@@ -60,15 +68,41 @@ class ShardWriter(Protocol):
         """Close the unfinished file; it keeps its temporary name."""
 
 
-class SafetensorsWriter:
-    """Write a safetensors shard; offsets count from the start of the file."""
+class ShardFile:
+    """A shard under its temporary name."""
 
-    def __init__(self, path: Path, *, head: bytes) -> None:
-        self._path = path
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self._partial = path.with_name(path.name + PARTIAL_SUFFIX)
-        self._started = self._dropped = 0
         with writing(path):
             self._file = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+
+    def finish(self) -> int:
+        """Make the shard durable, give it its name, and return its size in bytes."""
+        with writing(self.path):
+            try:
+                os.fsync(self._file)
+                size = os.fstat(self._file).st_size
+                os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(self._file)
+            self._partial.replace(self.path)
+        return size
+
+    def abort(self) -> None:
+        """Close the unfinished file."""
+        os.close(self._file)
+
+
+class SafetensorsWriter(ShardFile):
+    """Write a safetensors shard through the page cache; offsets count from the start of the file.
+
+    Pages go to the disk, and out of the cache, while later ones are written.
+    """
+
+    def __init__(self, path: Path, *, head: bytes) -> None:
+        super().__init__(path)
+        self._started = self._dropped = 0
         try:
             self.write(0, memoryview(head))
         except BaseException:
@@ -78,26 +112,14 @@ class SafetensorsWriter:
     def write(self, offset: int, data: memoryview) -> None:
         """Write `data` at `offset`."""
         done = 0
-        with writing(self._path):
+        with writing(self.path):
             while done < len(data):
                 done += os.pwrite(self._file, data[done:], offset + done)
         self._write_behind(offset + len(data))
 
-    def finish(self) -> int:
-        """Make the shard durable, give it its name, and return its size in bytes."""
-        with writing(self._path):
-            try:
-                os.fsync(self._file)
-                size = os.fstat(self._file).st_size
-                os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(self._file)
-            self._partial.replace(self._path)
-        return size
-
-    def abort(self) -> None:
-        """Close the unfinished file."""
-        os.close(self._file)
+    def write_slab(self, offset: int, slab: Slab, *, at: int, nbytes: int) -> None:
+        """Write `slab[at : at + nbytes]` at `offset`."""
+        self.write(offset, slab.view[at : at + nbytes])
 
     def _write_behind(self, end: int) -> None:
         # on Linux DONTNEED on dirty pages starts their write-back, and on clean ones drops them
@@ -132,6 +154,10 @@ class TorchBinWriter:
         except BaseException:
             self.abort()
             raise
+
+    def write_slab(self, offset: int, slab: Slab, *, at: int, nbytes: int) -> None:
+        """Append `slab[at : at + nbytes]`, which must continue where the last write ended."""
+        self.write(offset, slab.view[at : at + nbytes])
 
     def write(self, offset: int, data: memoryview) -> None:
         """Append `data`, which must continue where the last write ended."""

@@ -110,9 +110,13 @@ class ExportConfig(BaseModel):
     threads: Annotated[int, Field(gt=0, le=1024)] = Field(
         default_factory=lambda: len(os.sched_getaffinity(0))
     )
-    """Threads of the arithmetic; by default the cores that the process may use."""
-    io: Literal["auto", "buffered", "mmap"] = "auto"
-    """How weight files are read."""
+    """Threads that merge; by default the cores that the process may use."""
+    io: Literal["auto", "direct", "buffered", "mmap"] = "auto"
+    """How weight files are read and written; `auto` is direct where the file system is known to
+    take it, or what `streammerge tune` measured to be better.
+    """
+    digest: Literal["xxh3-128", "sha256", "none"] = "xxh3-128"
+    """Digest of each shard for the report, computed while it is written."""
     allow_nonfinite: bool = False
     """Let NaN and Inf in a merged tensor pass."""
     ignore_files: Names = ()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 import time
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streammerge.backends.select import select_backend
+from streammerge.checkpoint.digest import digest_file
+from streammerge.checkpoint.direct import DirectWriter
 from streammerge.checkpoint.header import read_header
 from streammerge.checkpoint.hub import push_folder
 from streammerge.checkpoint.sidecars import write_durably, write_sidecars
@@ -28,21 +30,24 @@ from streammerge.errors import (
     VerificationError,
 )
 from streammerge.plan.layout import encode_index
-from streammerge.plan.memory import plan_memory
+from streammerge.plan.memory import BASELINE_BYTES, plan_memory
 from streammerge.report.export_report import ExportReport, peak_rss_bytes, rss_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
+    from streammerge.backends.base import Backend
     from streammerge.checkpoint.writer import ShardWriter
     from streammerge.plan.layout import ShardPlan
     from streammerge.plan.memory import MemoryPlan
     from streammerge.plan.merge_plan import MergePlan
 
-__all__ = ["Progress", "build_plan", "export"]
+__all__ = ["Progress", "build_plan", "export", "rehearse"]
 
 # sidecars, the index and the file system's own records
 SPARE_DISK_BYTES = 64 * 10**6
+# torch's CPU build takes 180 MB of RSS, builds for GPUs up to about 500
+TORCH_MOST_BYTES = 550 * 10**6
 
 
 class Progress:
@@ -85,29 +90,18 @@ def export(
     Raises:
         StreamMergeError: The export was not done; nothing appears under `export_dir`.
     """
-    started, peak_before = time.perf_counter(), peak_rss_bytes()
-    settings = _to_config(config)
+    started, settings = time.perf_counter(), _to_config(config)
+    peak_before = peak_rss_bytes()
     # open, match, lay out: every fault of the inputs shows here, before torch and before any write
     plan = prepare(settings)
     _check_output(plan, settings)
-    _check_disk(plan)
-    backend = select_backend(
-        numerics=plan.numerics, threads=settings.threads, scratch_bytes=plan.memory.scratch_bytes
-    )
-    memory = _fit_memory(plan, settings, peak_before=peak_before)
+    _check_disk(plan, needed=plan.bytes_written)
+    memory, open_backend = _fit_memory(plan, settings, peak_before=peak_before)
     staging = Staging(plan.output)
     identity = fingerprint(plan, allow_nonfinite=settings.allow_nonfinite)
     staging.open(identity)
     run = _Run(plan, staging, progress or Progress())
-    pipeline = Pipeline(
-        memory=memory,
-        backend=backend,
-        io_mode=settings.io,
-        open_writer=run.open_writer,
-        on_written=run.progress.advance,
-        on_shard=run.on_shard,
-        allow_nonfinite=settings.allow_nonfinite,
-    )
+    pipeline = run.pipeline(memory, open_backend, allow_nonfinite=settings.allow_nonfinite)
     with _keeping(staging):
         run.write_shards(pipeline)
         run.write_rest()
@@ -125,6 +119,42 @@ def export(
             plan.output, repo_id=settings.export_hub_model_id, token=settings.hf_hub_token
         )
     return _report(run, pipeline, seconds=time.perf_counter() - started, hub_url=url)
+
+
+def rehearse(
+    config: ExportConfig | Mapping[str, Any] | str | Path, *, progress: Progress | None = None
+) -> ExportReport:
+    """Do what an export does, but delete each finished shard, and publish nothing; to measure it.
+
+    Needs the space of a few shards where an export needs that of the whole output.
+
+    Args:
+        config: A configuration, a map of its keys, or the path of a YAML or JSON file.
+        progress: Told how it goes.
+
+    Raises:
+        StreamMergeError: The export would fail.
+    """
+    started, settings = time.perf_counter(), _to_config(config)
+    peak_before = peak_rss_bytes()
+    plan = prepare(settings)
+    _check_output(plan, settings)
+    _check_disk(plan, needed=3 * max(shard.file_bytes for shard in plan.shards))
+    memory, open_backend = _fit_memory(plan, settings, peak_before=peak_before)
+    # a folder of its own, so that no interrupted run is disturbed
+    is_new_parent = not plan.output.parent.exists()
+    staging = Staging(plan.output.with_name(f"{plan.output.name}.rehearsal"))
+    staging.open(fingerprint(plan, allow_nonfinite=settings.allow_nonfinite))
+    run = _Rehearsal(plan, staging, progress or Progress())
+    pipeline = run.pipeline(memory, open_backend, allow_nonfinite=settings.allow_nonfinite)
+    try:
+        run.write_shards(pipeline)
+    finally:
+        staging.discard()
+        if is_new_parent:
+            with suppress(OSError):  # somebody else uses it by now
+                plan.output.parent.rmdir()
+    return _report(run, pipeline, seconds=time.perf_counter() - started, hub_url=None)
 
 
 @contextmanager
@@ -148,8 +178,14 @@ def _keeping(staging: Staging) -> Iterator[None]:
         raise
 
 
-def _fit_memory(plan: MergePlan, settings: ExportConfig, *, peak_before: int) -> MemoryPlan:
-    """Fit the buffers to what the process holds, now that torch is loaded on this machine.
+def _fit_memory(
+    plan: MergePlan, settings: ExportConfig, *, peak_before: int
+) -> tuple[MemoryPlan, Callable[[], Backend]]:
+    """Fit the buffers to the ceiling, and say how the backend is opened.
+
+    Importing torch takes a second: where the ceiling leaves room for whatever it may need, the
+    first blocks are read meanwhile. Otherwise it is imported first, and the buffers fit what is
+    left.
 
     Args:
         plan: What will be done.
@@ -159,21 +195,42 @@ def _fit_memory(plan: MergePlan, settings: ExportConfig, *, peak_before: int) ->
     Raises:
         MemoryBudgetError: It is too much already, or the buffers do not fit.
     """
-    memory = plan_memory(
-        plan.tensors,
-        max_memory=settings.max_memory,
-        baseline=rss_bytes(),
-        baseline_holds_plan=True,
-    )
-    peak = peak_rss_bytes()
-    if peak > settings.max_memory and peak > peak_before:
-        raise MemoryBudgetError(
-            "max_memory is too small to read the headers and sidecars of these inputs",
-            expected=f"at least {-(-peak // 10**6)}MB",
-            got=f"{settings.max_memory // 10**6}MB",
-            hint="set a larger max_memory",
+
+    def open_backend() -> Backend:
+        return select_backend(
+            numerics=plan.numerics,
+            scratch_bytes=plan.memory.scratch_bytes,
+            tuning=plan.shape.compute,
         )
-    return memory
+
+    def fit(baseline: int) -> MemoryPlan:
+        return plan_memory(
+            plan.tensors,
+            max_memory=settings.max_memory,
+            shape=plan.shape,
+            baseline=baseline,
+            baseline_holds_plan=True,
+        )
+
+    def check() -> None:
+        peak = peak_rss_bytes()
+        if peak > settings.max_memory and peak > peak_before:
+            raise MemoryBudgetError(
+                "max_memory is too small to read the headers and sidecars of these inputs",
+                expected=f"at least {-(-peak // 10**6)}MB",
+                got=f"{settings.max_memory // 10**6}MB",
+                hint="set a larger max_memory",
+            )
+
+    if settings.max_memory >= TORCH_MOST_BYTES + rss_bytes() + plan.memory.least_bytes:
+        check()
+        foreseen = fit(TORCH_MOST_BYTES + rss_bytes())
+        spare = TORCH_MOST_BYTES + rss_bytes() - BASELINE_BYTES
+        shown = foreseen.predicted_peak_bytes - max(0, spare)
+        return replace(foreseen, predicted_peak_bytes=shown), open_backend
+    backend = open_backend()
+    check()
+    return fit(rss_bytes()), lambda: backend
 
 
 def _report(run: _Run, pipeline: Pipeline, *, seconds: float, hub_url: str | None) -> ExportReport:
@@ -185,20 +242,26 @@ def _report(run: _Run, pipeline: Pipeline, *, seconds: float, hub_url: str | Non
         tensors_copied=len(plan.tensors) - len(plan.targets),
         adapter_tensors_used=plan.contents.adapter_tensors_used,
         bytes_read=plan.bytes_read,
-        bytes_written=sum(run.sizes.values()),
+        bytes_written=sum(nbytes for nbytes, _ in run.written.values()),
         seconds=seconds,
         read_seconds=busy.read,
         compute_seconds=busy.compute,
         write_seconds=busy.write,
         predicted_peak_bytes=pipeline.memory.predicted_peak_bytes,
         peak_rss_bytes=peak_rss_bytes(),
-        shards=[{"name": s.name, "bytes": run.sizes[s.name]} for s in plan.shards],
+        shards=[_describe(run, shard.name) for shard in plan.shards],
+        digest=plan.io.digest,
         resumed_shards=run.resumed,
         config_edits=plan.contents.config_edits,
         not_copied=list(plan.sidecars.left_out),
         notes=list(plan.notes),
         hub_url=hub_url,
     )
+
+
+def _describe(run: _Run, name: str) -> dict[str, object]:
+    nbytes, digest = run.written[name]
+    return {"name": name, "bytes": nbytes, "digest": digest}
 
 
 @dataclass
@@ -210,22 +273,40 @@ class _Run:
     progress: Progress
 
     def __post_init__(self) -> None:
-        self.sizes = dict(self.staging.finished)
-        self.resumed = len(self.sizes)
+        self.written = dict(self.staging.finished)
+        self.resumed = len(self.written)
+
+    def pipeline(
+        self, memory: MemoryPlan, open_backend: Callable[[], Backend], *, allow_nonfinite: bool
+    ) -> Pipeline:
+        return Pipeline(
+            memory=memory,
+            open_backend=open_backend,
+            io=self.plan.io,
+            open_writer=self.open_writer,
+            on_written=self.progress.advance,
+            on_shard=self.on_shard,
+            allow_nonfinite=allow_nonfinite,
+        )
 
     def open_writer(self, shard: ShardPlan) -> ShardWriter:
         path = self.staging.folder / shard.name
         if self.plan.layout == "torch_bin":
             return TorchBinWriter(path, specs=[placed.tensor.spec for placed in shard.tensors])
+        if self.plan.io.write_mode == "direct":
+            return DirectWriter(path, head=shard.head, nbytes=shard.file_bytes)
         return SafetensorsWriter(path, head=shard.head)
 
-    def on_shard(self, shard: ShardPlan, nbytes: int) -> None:
-        self.staging.record(shard.name, nbytes)
-        self.sizes[shard.name] = nbytes
+    def on_shard(self, shard: ShardPlan, nbytes: int, digest: str) -> None:
+        if self.plan.layout == "torch_bin":
+            # the archive's own bytes are not those that passed through
+            digest = digest_file(self.staging.folder / shard.name, kind=self.plan.io.digest)
+        self.staging.record(shard.name, nbytes, digest)
+        self.written[shard.name] = nbytes, digest
 
     def write_shards(self, pipeline: Pipeline) -> None:
-        todo = [shard for shard in self.plan.shards if shard.name not in self.sizes]
-        done = sum(shard.data_bytes for shard in self.plan.shards if shard.name in self.sizes)
+        todo = [shard for shard in self.plan.shards if shard.name not in self.written]
+        done = sum(shard.data_bytes for shard in self.plan.shards if shard.name in self.written)
         self.progress.start(self.plan, done_bytes=done)
         try:
             pipeline.run(todo)
@@ -275,6 +356,14 @@ class _Run:
                 )
 
 
+class _Rehearsal(_Run):
+    """An export whose shards are deleted as soon as they are finished."""
+
+    def on_shard(self, shard: ShardPlan, nbytes: int, digest: str) -> None:
+        super().on_shard(shard, nbytes, digest)
+        (self.staging.folder / shard.name).unlink()
+
+
 def _to_config(config: ExportConfig | Mapping[str, Any] | str | Path) -> ExportConfig:
     if isinstance(config, ExportConfig):
         return config
@@ -290,7 +379,7 @@ def _check_output(plan: MergePlan, settings: ExportConfig) -> None:
     )
 
 
-def _check_disk(plan: MergePlan) -> None:
+def _check_disk(plan: MergePlan, *, needed: int) -> None:
     """Refuse a run that the disk cannot take, an interrupted run's finished shards considered."""
     place = plan.output.parent
     while not place.exists():
@@ -298,7 +387,7 @@ def _check_disk(plan: MergePlan) -> None:
     staged = Staging(plan.output).folder
     held = sum(f.stat().st_size for f in staged.iterdir() if f.is_file()) if staged.is_dir() else 0
     free = shutil.disk_usage(place).free + held
-    needed = plan.bytes_written + SPARE_DISK_BYTES
+    needed += SPARE_DISK_BYTES
     if free < needed:
         raise DiskSpaceError(
             "not enough free disk space for the output",

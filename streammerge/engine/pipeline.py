@@ -1,101 +1,81 @@
-"""Run tiles through read, compute and write at the same time, in a fixed set of buffers.
+"""Run blocks through read, compute and write at the same time, in a fixed set of buffers.
 
-One thread reads, the calling thread computes, one thread writes, and one makes finished shards
-durable. A tile travels in a slab, taken from a closed set: when no slab is free the reader waits,
-so memory does not depend on which stage is slow. The first failure stops every stage and is raised
-to the caller.
+Several threads read, several merge, the calling thread among them, several write, and one makes
+finished shards durable. A block travels in a slab, taken from a closed set in the order of the
+output: when no slab is free the readers wait, so memory does not depend on which stage is slow, and
+the earliest block always has what it needs. Blocks without a target go from reader to writer
+untouched. The first failure stops every stage and is raised to the caller.
 """
 
 from __future__ import annotations
 
-import mmap
 import threading
 import time
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 from streammerge.backends.base import Tile
+from streammerge.checkpoint.digest import new_digest
 from streammerge.checkpoint.reader import ReaderPool
+from streammerge.checkpoint.slab import Slab
+from streammerge.engine.channels import Channel, InOrder, Stopped
+from streammerge.engine.factors import FactorStore
 from streammerge.errors import NonFiniteError
-from streammerge.plan.memory import FACTOR_SLOTS
-from streammerge.plan.tiles import CopyTile, MergeTile, cut_shard
+from streammerge.plan.tiles import cut_shard
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Generator, Iterable, Iterator
     from concurrent.futures import Future
 
-    from streammerge.backends.base import Backend, TargetFactors
-    from streammerge.checkpoint.reader import IoMode
+    from streammerge.backends.base import Backend
+    from streammerge.checkpoint.digest import Digest
     from streammerge.checkpoint.writer import ShardWriter
+    from streammerge.config.tuning import IoChoice
+    from streammerge.engine.factors import LoadedFactors
     from streammerge.plan.layout import ShardPlan
     from streammerge.plan.memory import MemoryPlan
-    from streammerge.plan.ops import TensorPlan
-    from streammerge.plan.tiles import ShardTile
+    from streammerge.plan.tiles import Block, MergeTile
 
 __all__ = ["Pipeline", "StageSeconds"]
-
-_T = TypeVar("_T")
 
 
 @dataclass(slots=True)
 class StageSeconds:
-    """Busy time of each stage; they overlap."""
+    """Busy time of each stage, summed over its threads; they overlap."""
 
     read: float = 0.0
     compute: float = 0.0
     write: float = 0.0
 
 
-class _Stopped(Exception):  # noqa: N818 (a signal between stages, not an error)
-    """Another stage failed."""
+@dataclass(slots=True)
+class _ShardRun:
+    """A shard that is being written."""
 
-
-class _Channel(Generic[_T]):
-    """A queue between two stages that can be stopped from either side."""
-
-    def __init__(self) -> None:
-        self._items: deque[_T] = deque()
-        self._ready = threading.Condition()
-        self._is_stopped = False
-
-    def put(self, item: _T) -> None:
-        with self._ready:
-            self._items.append(item)
-            self._ready.notify()
-
-    def get(self) -> _T:
-        with self._ready:
-            while not self._items and not self._is_stopped:
-                self._ready.wait()
-            if self._is_stopped:
-                raise _Stopped
-            return self._items.popleft()
-
-    def stop(self) -> None:
-        with self._ready:
-            self._is_stopped = True
-            self._ready.notify_all()
+    plan: ShardPlan
+    digest: Digest
+    left: int
+    """Blocks that are not written yet."""
+    writer: ShardWriter | None = None
 
 
 @dataclass(slots=True)
-class _Loaded:
-    """A tile whose bytes are in a slab."""
+class _Job:
+    """A block in a slab."""
 
-    shard: ShardPlan
-    tile: ShardTile
-    slab: memoryview
-    raw_factors: list[bytearray] | None = None
-    """The target's factors as stored, with its first tile."""
+    number: int
+    run: _ShardRun
+    block: Block
+    slab: Slab
+    factors: list[LoadedFactors]
+    """Those of each tile."""
 
-
-@dataclass(frozen=True, slots=True)
-class _ShardEnd:
-    shard: ShardPlan
-
-
-_Item = _Loaded | _ShardEnd | None
+    @property
+    def at(self) -> int:
+        """Where the block's output is in the slab."""
+        return self.slab.place(self.block.offset)
 
 
 @dataclass
@@ -103,23 +83,30 @@ class Pipeline:
     """One run over a list of shards."""
 
     memory: MemoryPlan
-    backend: Backend
-    io_mode: IoMode
+    open_backend: Callable[[], Backend]
+    """Called once, in the calling thread, while the first blocks are read."""
+    io: IoChoice
     open_writer: Callable[[ShardPlan], ShardWriter]
     on_written: Callable[[int], None]
-    """Told the bytes of each tile once they are written; called from the writer's thread."""
-    on_shard: Callable[[ShardPlan, int], None]
-    """Told of each durable shard and its file size; called from the finisher's thread."""
+    """Told the bytes of each block once they are written; called from a writer's thread."""
+    on_shard: Callable[[ShardPlan, int, str], None]
+    """Told of each durable shard, its file size and digest; called from the finisher's thread."""
     allow_nonfinite: bool = False
     seconds: StageSeconds = field(default_factory=StageSeconds)
 
     def __post_init__(self) -> None:
-        self._free: _Channel[memoryview] = _Channel()
-        self._factor_slots: _Channel[None] = _Channel()
-        self._loaded: _Channel[_Item] = _Channel()
-        self._merged: _Channel[_Item] = _Channel()
+        self._free: Channel[Slab] = Channel()
+        self._loaded: Channel[_Job | None] = Channel()
+        self._merged: InOrder[_Job] = InOrder()
+        self._factors = FactorStore(self.memory.factor_bytes)
+        self._backend: Backend | None = None
+        self._backend_ready = threading.Event()
+        self._cutting = threading.Lock()
+        self._taking = threading.Lock()
+        self._counting = threading.Lock()
+        self._runs: dict[int, _ShardRun] = {}
+        self._readers_left = self.io.readers
         self._failure: BaseException | None = None
-        self._failing = threading.Lock()
 
     def run(self, shards: Iterable[ShardPlan]) -> None:
         """Write the shards.
@@ -128,94 +115,141 @@ class Pipeline:
             StreamMergeError: A stage failed; unfinished shards keep their temporary names.
         """
         for _ in range(self.memory.slab_count):
-            # anonymous mappings: page-aligned, and given back to the system when they are dropped
-            self._free.put(memoryview(mmap.mmap(-1, self.memory.slab_bytes)))
-        for _ in range(FACTOR_SLOTS):
-            self._factor_slots.put(None)
-        stages = [
-            threading.Thread(target=self._guard, args=(self._read, list(shards)), name="read"),
-            threading.Thread(target=self._guard, args=(self._write,), name="write"),
-        ]
-        try:
-            for stage in stages:
-                stage.start()
-            self._guard(self._compute)
-            _join(stages)
-        except BaseException as error:
-            # a signal in this thread: the others end first, so that nothing writes behind our back
-            self._fail(error)
-            _join(stages)
-            raise
+            self._free.put(Slab(self.memory.slab_bytes))
+        self._jobs = self._cut(list(shards))
+        with ThreadPoolExecutor(1, "finish") as self._finisher:
+            self._finished: list[Future[None]] = []
+            stages = [
+                *self._threads(self.io.readers, self._read),
+                *self._threads(self.memory.workers - 1, self._compute),
+                *self._threads(self.io.writers, self._write),
+            ]
+            try:
+                for stage in stages:
+                    stage.start()
+                self._guard(self._start_backend)
+                self._guard(self._compute)
+                _join(stages)
+            except BaseException as error:
+                # a signal in this thread: the others end first, so that nothing writes behind our
+                # back
+                self._fail(error)
+                _join(stages)
+                raise
+            finally:
+                self._jobs.close()
+                self._abort_unfinished()
         if self._failure is not None:
             raise self._failure
 
-    def _guard(self, stage: Callable[..., None], *args: object) -> None:
+    def _threads(self, count: int, stage: Callable[[], None]) -> list[threading.Thread]:
+        name = stage.__name__.strip("_")
+        return [
+            threading.Thread(target=self._guard, args=(stage,), name=f"{name}-{number}")
+            for number in range(count)
+        ]
+
+    def _guard(self, stage: Callable[[], None]) -> None:
         try:
-            stage(*args)
-        except _Stopped:
+            stage()
+        except Stopped:
             pass
         except Exception as error:  # noqa: BLE001 (every failure is carried to the caller)
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        with self._failing:
+        with self._counting:
             self._failure = self._failure or error
-        for channel in (self._free, self._factor_slots, self._loaded, self._merged):
+        for channel in (self._free, self._loaded, self._merged, self._factors):
             channel.stop()
+        self._backend_ready.set()
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - started
+            with self._counting:
+                setattr(self.seconds, stage, getattr(self.seconds, stage) + spent)
 
     # read
 
-    def _read(self, shards: list[ShardPlan]) -> None:
-        with ReaderPool(mode=self.io_mode) as weights, ReaderPool(mode=self.io_mode) as factors:
+    def _cut(self, shards: list[ShardPlan]) -> Generator[_Job, None, None]:
+        """Yield the jobs in the order of the output, each when a slab and its factors fit."""
+        number = 0
+        with ReaderPool(mode="buffered") as adapters:
             for shard in shards:
-                for tile in cut_shard(shard, slab_bytes=self.memory.slab_bytes):
-                    item = _Loaded(shard, tile, self._free.get())
-                    if isinstance(tile, MergeTile) and tile.is_first:
-                        self._factor_slots.get()
-                    started = time.perf_counter()
-                    self._fill(item, weights)
-                    if isinstance(tile, MergeTile) and tile.is_first:
-                        item.raw_factors = _read_factors(tile.target, factors)
-                    self.seconds.read += time.perf_counter() - started
-                    self._loaded.put(item)
-                self._loaded.put(_ShardEnd(shard))
-            self._loaded.put(None)
+                blocks = list(
+                    cut_shard(
+                        shard,
+                        slab_bytes=self.memory.slab_bytes,
+                        max_factor_bytes=self.memory.factor_bytes // 2,
+                    )
+                )
+                run = _ShardRun(shard, new_digest(self.io.digest), len(blocks))
+                for block in blocks:
+                    slab = self._free.get()
+                    factors = [self._factors.take(tile, adapters) for tile in block.tiles]
+                    yield _Job(number, run, block, slab, factors)
+                    number += 1
+        self._merged.close(number)
 
-    def _fill(self, item: _Loaded, readers: ReaderPool) -> None:
-        tile = item.tile
-        segments = tile.segments if isinstance(tile, CopyTile) else (tile.source,)
-        position = 0 if isinstance(tile, CopyTile) else _source_offset(tile)
-        for segment in segments:
-            reader = readers.reader(segment.path)
-            reader.read_into(segment.offset, item.slab[position : position + segment.nbytes])
-            reader.forget(segment.offset, segment.nbytes)
-            position += segment.nbytes
+    def _read(self) -> None:
+        with ReaderPool(mode=self.io.read_mode) as weights:
+            while True:
+                with self._cutting:
+                    job = next(self._jobs, None)
+                if job is None:
+                    break
+                with self._timed("read"):
+                    for segment in job.block.segments:
+                        reader = weights.reader(segment.path)
+                        reader.read_slab(
+                            segment.offset, job.slab, at=job.at + segment.at, nbytes=segment.nbytes
+                        )
+                        reader.forget(segment.offset, segment.nbytes)
+                if job.block.tiles:
+                    self._loaded.put(job)
+                else:
+                    self._merged.put(job.number, job)
+        with self._counting:
+            self._readers_left -= 1
+            is_last = not self._readers_left
+        if is_last:
+            for _ in range(self.memory.workers):
+                self._loaded.put(None)
 
     # compute
 
-    def _compute(self) -> None:
-        factors: TargetFactors | None = None
-        while True:
-            item = self._loaded.get()
-            if isinstance(item, _Loaded) and isinstance(item.tile, MergeTile):
-                started = time.perf_counter()
-                if item.raw_factors is not None:
-                    factors = self.backend.load_factors(item.tile.target, item.raw_factors)
-                    item.raw_factors = None
-                assert factors is not None
-                self._merge(item, item.tile, factors)
-                if item.tile.is_last:
-                    factors = None
-                    self._factor_slots.put(None)
-                self.seconds.compute += time.perf_counter() - started
-            self._merged.put(item)
-            if item is None:
-                return
+    def _start_backend(self) -> None:
+        self._backend = self.open_backend()
+        self._backend_ready.set()
 
-    def _merge(self, item: _Loaded, tile: MergeTile, factors: TargetFactors) -> None:
-        is_finite = self.backend.apply(
-            Tile(tile.target, tile.begin, tile.end, item.slab, _source_offset(tile)), factors
+    def _compute(self) -> None:
+        self._backend_ready.wait()
+        if self._backend is None:
+            raise Stopped
+        while (job := self._loaded.get()) is not None:
+            with self._timed("compute"):
+                for tile, factors in zip(job.block.tiles, job.factors, strict=True):
+                    self._merge(job, tile, factors, self._backend)
+            self._merged.put(job.number, job)
+
+    def _merge(self, job: _Job, tile: MergeTile, factors: LoadedFactors, backend: Backend) -> None:
+        is_finite = backend.apply(
+            Tile(
+                tile.target,
+                tile.begin,
+                tile.end,
+                job.slab.view,
+                output_offset=job.at + tile.output_at,
+                source_offset=job.at + tile.source_at,
+            ),
+            factors.loaded(backend),
         )
+        self._factors.give_back(factors, rows=tile.end - tile.begin)
         if not is_finite and not self.allow_nonfinite:
             raise NonFiniteError(
                 f"merged tensor '{tile.target.name}' holds NaN or Inf",
@@ -228,37 +262,47 @@ class Pipeline:
     # write
 
     def _write(self) -> None:
-        writer: ShardWriter | None = None
-        pending: list[Future[None]] = []
-        with ThreadPoolExecutor(1, "finish") as finisher:
-            try:
-                while True:
-                    item = self._merged.get()
-                    if item is None:
-                        break
-                    if writer is None:
-                        writer = self.open_writer(item.shard)
-                    if isinstance(item, _ShardEnd):
-                        pending.append(finisher.submit(self._finish, writer, item.shard))
-                        writer = None
-                        continue
-                    started = time.perf_counter()
-                    writer.write(item.tile.offset, item.slab[: item.tile.nbytes])
-                    self.seconds.write += time.perf_counter() - started
-                    self.on_written(item.tile.nbytes)
-                    self._free.put(item.slab)
-            finally:
-                if writer is not None:
-                    writer.abort()
-            for future in pending:
-                future.result()
+        while True:
+            with self._taking:
+                job = self._merged.get()
+                if job is None:
+                    return
+                writer = self._begin(job)
+            block, run = job.block, job.run
+            with self._timed("write"):
+                writer.write_slab(block.offset, job.slab, at=job.at, nbytes=block.nbytes)
+            self.on_written(block.nbytes)
+            self._free.put(job.slab)
+            with self._counting:
+                run.left -= 1
+                is_done = not run.left
+            if is_done:
+                self._finished.append(self._finisher.submit(self._finish, run, writer))
 
-    def _finish(self, writer: ShardWriter, shard: ShardPlan) -> None:
+    def _begin(self, job: _Job) -> ShardWriter:
+        """Take a block in the order of the file: open its shard with the first, digest it."""
+        run, start = job.run, job.at
+        if run.writer is None:
+            run.writer = self.open_writer(run.plan)
+            self._runs[id(run)] = run
+            run.digest.update(run.plan.head)
+        run.digest.update(job.slab.view[start : start + job.block.nbytes])
+        return run.writer
+
+    def _finish(self, run: _ShardRun, writer: ShardWriter) -> None:
+        del self._runs[id(run)]
         try:
-            self.on_shard(shard, writer.finish())
+            self.on_shard(run.plan, writer.finish(), run.digest.hexdigest())
         except BaseException as error:
             self._fail(error)
             raise
+
+    def _abort_unfinished(self) -> None:
+        for future in self._finished:
+            future.exception()
+        for run in self._runs.values():
+            if run.writer is not None:
+                run.writer.abort()
 
 
 def _join(stages: list[threading.Thread]) -> None:
@@ -270,18 +314,3 @@ def _join(stages: list[threading.Thread]) -> None:
     except KeyboardInterrupt:
         _join(stages)
         raise
-
-
-def _source_offset(tile: MergeTile) -> int:
-    """Return where a tile's source rows go: at the end of the output's room if narrower."""
-    return max(0, tile.nbytes - tile.source.nbytes)
-
-
-def _read_factors(target: TensorPlan, readers: ReaderPool) -> list[bytearray]:
-    raw = []
-    for term in target.terms:
-        for factor in term.factors:
-            buffer = bytearray(factor.nbytes)
-            readers.read_tensor(factor, memoryview(buffer))
-            raw.append(buffer)
-    return raw

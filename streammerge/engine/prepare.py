@@ -12,6 +12,7 @@ from streammerge.checkpoint.reader import ReaderPool
 from streammerge.checkpoint.sidecars import added_tokens, find_sidecars
 from streammerge.checkpoint.torch_bin import storage_class
 from streammerge.dtypes import Dtype
+from streammerge.engine.machine import choose_io
 from streammerge.engine.renames import transformers_renames
 from streammerge.errors import AdapterError, ConfigError, UnsupportedError
 from streammerge.plan.build import PlanOptions, plan_tensors
@@ -72,7 +73,9 @@ def prepare(config: ExportConfig, *, local_only: bool = False) -> MergePlan:
         layout=layout,
         base_shards={name: tensor.path for name, tensor in base.tensors.items()},
     )
-    memory = plan_memory(contents.tensors, max_memory=config.max_memory)
+    output = _resolve_output(config.export_dir)
+    io, shape, io_notes = choose_io(config, base=base_path, output=output)
+    memory = plan_memory(contents.tensors, max_memory=config.max_memory, shape=shape)
     sidecars, notes = _sidecars(config, base, adapters, contents)
     unused = [
         f"{name} in the base is not part of the checkpoint" for name in base.unused_weight_files
@@ -80,15 +83,24 @@ def prepare(config: ExportConfig, *, local_only: bool = False) -> MergePlan:
     return MergePlan(
         base=base_path,
         adapters=tuple(adapter_paths),
-        output=_resolve_output(config.export_dir),
+        output=output,
         layout=layout,
         numerics="fp32" if config.adapter_weights else config.numerics,
         contents=contents,
         shards=shards,
         sidecars=sidecars,
+        io=io,
+        shape=shape,
         memory=memory,
         base_config=base.config,
-        notes=(*config.notes, *contents.notes, *unused, *notes, *filter(None, [rename_note])),
+        notes=(
+            *config.notes,
+            *contents.notes,
+            *unused,
+            *notes,
+            *filter(None, [rename_note]),
+            *io_notes,
+        ),
     )
 
 

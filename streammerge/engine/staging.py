@@ -81,7 +81,9 @@ def fingerprint(plan: MergePlan, *, allow_nonfinite: bool = False) -> str:
         status = path.stat()
         known = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         digest.update(repr((str(path), known)).encode())
-    digest.update(repr((__version__, plan.layout, plan.numerics, allow_nonfinite)).encode())
+    digest.update(
+        repr((__version__, plan.layout, plan.numerics, plan.io.digest, allow_nonfinite)).encode()
+    )
     for shard in plan.shards:
         digest.update(repr((shard.name, shard.tensors)).encode())
     return digest.hexdigest()
@@ -95,8 +97,8 @@ class Staging:
         self.folder = output.with_name(f".{output.name}.streammerge")
         self._replaced = output.with_name(f".{output.name}.streammerge-replaced")
         self._lock: int | None = None
-        self.finished: dict[str, int] = {}
-        """Shards that an interrupted run of the same plan has finished, and their sizes."""
+        self.finished: dict[str, tuple[int, str]] = {}
+        """Shards that an interrupted run of the same plan has finished: their sizes and digests."""
 
     def open(self, identity: str) -> None:
         """Create or take over the folder.
@@ -124,13 +126,13 @@ class Staging:
         self.finished = self._read_journal(identity)
         self._remove_all_but({*self.finished, _LOCK})
         lines: list[dict[str, object]] = [{"plan": identity}]
-        lines += [{"shard": name, "bytes": nbytes} for name, nbytes in self.finished.items()]
+        lines += [_line(name, *known) for name, known in self.finished.items()]
         write_durably(self.folder / _JOURNAL, "".join(json.dumps(line) + "\n" for line in lines))
 
-    def record(self, name: str, nbytes: int) -> None:
+    def record(self, name: str, nbytes: int, digest: str) -> None:
         """Note a finished, durable shard."""
         with writing(self.folder), (self.folder / _JOURNAL).open("a") as journal:
-            journal.write(json.dumps({"shard": name, "bytes": nbytes}) + "\n")
+            journal.write(json.dumps(_line(name, nbytes, digest)) + "\n")
             journal.flush()
             os.fsync(journal.fileno())
 
@@ -188,22 +190,22 @@ class Staging:
             else:
                 self._replaced.replace(self.output)
 
-    def _read_journal(self, identity: str) -> dict[str, int]:
+    def _read_journal(self, identity: str) -> dict[str, tuple[int, str]]:
         """Return the shards that are there and whole, up to a line that was cut off."""
-        found: dict[str, int] = {}
+        found: dict[str, tuple[int, str]] = {}
         try:
             first, *shards = (self.folder / _JOURNAL).read_text().splitlines()
             if json.loads(first) != {"plan": identity}:
                 return {}
             for line in shards:
                 entry = json.loads(line)
-                found[str(entry["shard"])] = int(entry["bytes"])
+                found[str(entry["shard"])] = int(entry["bytes"]), str(entry["digest"])
         except (OSError, ValueError, KeyError, TypeError):
             pass  # what was read until here is as good as ever
         return {
-            name: nbytes
-            for name, nbytes in found.items()
-            if (self.folder / name).is_file() and (self.folder / name).stat().st_size == nbytes
+            name: known
+            for name, known in found.items()
+            if (self.folder / name).is_file() and (self.folder / name).stat().st_size == known[0]
         }
 
     def _remove_all_but(self, kept: set[str]) -> None:
@@ -214,6 +216,10 @@ class Staging:
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
+
+
+def _line(name: str, nbytes: int, digest: str) -> dict[str, object]:
+    return {"shard": name, "bytes": nbytes, "digest": digest}
 
 
 @contextmanager

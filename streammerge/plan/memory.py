@@ -1,49 +1,62 @@
-"""Fit a plan into a memory ceiling: the size of every buffer, decided before the first one exists.
+"""Fit a plan into a memory ceiling: every buffer's size is decided before the first one exists.
 
-Peak = interpreter and libraries + slabs (tiles on their way from read to write) + scratch (one
-product in the compute dtype) + factors (the adapter tensors of the targets in flight). Nothing else
-grows with the model.
+Peak = interpreter and libraries + slabs (blocks on their way from read to write) + scratch
+(products in the compute dtype, per worker) + factors (the adapter tensors of the targets in
+flight). Nothing else grows with the model.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING
 
+from streammerge.config.tuning import MIB, ComputeTuning
 from streammerge.dtypes import Dtype
 from streammerge.errors import MemoryBudgetError
-from streammerge.plan.ops import ApplyTerms
-from streammerge.plan.tiles import MIN_TILE_ROWS
+from streammerge.plan.ops import ApplyTerms, rank_of
+from streammerge.plan.tiles import MIN_TILE_ROWS, factor_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from streammerge.plan.ops import TensorPlan
 
-__all__ = ["BASELINE_BYTES", "FACTOR_SLOTS", "MemoryPlan", "plan_memory"]
+__all__ = ["BASELINE_BYTES", "MemoryPlan", "RunShape", "plan_memory"]
 
-MIB = 1 << 20
 # interpreter, numpy and torch's CPU build after a first product: 236 MB of RSS (torch 2.13.0,
 # x86-64), and what opening the inputs leaves behind
-# x86-64)
 BASELINE_BYTES = 245 * 10**6
 # allocator slack, thread stacks, Python's own records of the run: 20 to 40 MB seen
 MARGIN_BYTES = 48 * MIB
 # of the plan itself in memory, per tensor of the output or of an adapter: 1.7 KB measured over
 # 90,000 tensors of a base, 2.4 KB over 18,000 targets with two factors each
 TENSOR_RECORD_BYTES = 2500
-SLAB_BYTES = 16 * MIB
-SLAB_COUNT = 6
 MIN_SLAB_BYTES = 64 << 10
 MIN_SLAB_COUNT = 3
-# a product this large stays in the cache: 7.4 GB/s of BF16 weights read and written, against 6.5 at
-# 2 MiB and 5.3 at 256 KiB (rank 16, 2048 columns, two threads of a Xeon, 2026-11)
-SCRATCH_BYTES = MIB // 2
-# targets whose factors are in memory: one in work, one being read
-FACTOR_SLOTS = 2
+# blocks that wait between two stages, so that none of them stops when another is late
+SPARE_SLABS = 6
+# factors of targets in flight: at least two of the largest targets, else as much as this
+FACTOR_BYTES = 32 * MIB
 # a product, a sum in the compute dtype, and a conversion on the way in and on the way out
 SCRATCH_BUFFERS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class RunShape:
+    """How many threads a run wants, and the size of its blocks."""
+
+    workers: int = 1
+    """Threads that merge."""
+    readers: int = 2
+    writers: int = 2
+    block_bytes: int = 8 * MIB
+    compute: ComputeTuning = field(default_factory=ComputeTuning)
+
+    @property
+    def slab_count(self) -> int:
+        """Blocks in flight: one with each thread, and some on their way."""
+        return self.workers + self.readers + self.writers + SPARE_SLABS
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,33 +65,35 @@ class MemoryPlan:
 
     slab_bytes: int
     slab_count: int
+    workers: int
     scratch_bytes: int
-    """One product; a backend may hold `SCRATCH_BUFFERS` of this size."""
+    """One product; each worker may hold `SCRATCH_BUFFERS` of this size."""
     factor_bytes: int
-    """Adapter tensors of one target, as stored and in the compute dtype."""
+    """Factors in memory at a time, as stored and in the compute dtype."""
     predicted_peak_bytes: int
     least_bytes: int
     """The smallest `max_memory` that would do."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Needs:
+class _Sizes:
     slab_bytes: int
+    slab_count: int
+    workers: int
     scratch_bytes: int
     factor_bytes: int
-    record_bytes: int
 
-    def total(self, *, slab_bytes: int, slab_count: int, baseline: int) -> int:
+    def total(self) -> int:
         # one slab more for the pages of a mapping while they are copied out of it
-        buffers = slab_bytes * (slab_count + 1) + SCRATCH_BUFFERS * self.scratch_bytes
-        factors = FACTOR_SLOTS * self.factor_bytes
-        return baseline + MARGIN_BYTES + self.record_bytes + buffers + factors
+        slabs = self.slab_bytes * (self.slab_count + 1)
+        return slabs + self.workers * SCRATCH_BUFFERS * self.scratch_bytes + self.factor_bytes
 
 
 def plan_memory(
     tensors: Iterable[TensorPlan],
     *,
     max_memory: int,
+    shape: RunShape | None = None,
     baseline: int = BASELINE_BYTES,
     baseline_holds_plan: bool = False,
 ) -> MemoryPlan:
@@ -87,43 +102,61 @@ def plan_memory(
     Args:
         tensors: Every output tensor.
         max_memory: Ceiling on the resident memory of the whole process, in bytes.
+        shape: What the run would like to have; less of it is taken where memory is short.
         baseline: What the process holds before the run.
         baseline_holds_plan: Whether the plan's own records are part of the baseline.
 
     Raises:
         MemoryBudgetError: The ceiling is too low; the message says the least that works.
     """
-    needs = _needs(tensors, baseline_holds_plan=baseline_holds_plan)
-    least = needs.total(slab_bytes=needs.slab_bytes, slab_count=MIN_SLAB_COUNT, baseline=baseline)
-    if max_memory < least:
+    shape = shape or RunShape()
+    count, least, wanted = _needs(tensors, shape)
+    fixed = baseline + MARGIN_BYTES + (0 if baseline_holds_plan else count * TENSOR_RECORD_BYTES)
+    least_bytes = fixed + least.total()
+    if max_memory < least_bytes:
         # rounded up, so that the number in the message works
-        shown = -(-least // 10**6)
+        shown = -(-least_bytes // 10**6)
         raise MemoryBudgetError(
             "max_memory is too small for this merge",
             expected=f"at least {shown}MB",
             got=f"{max_memory / 10**6:.0f}MB",
             hint=f"set max_memory: {shown}MB or more",
         )
-    slab_bytes, slab_count = max(SLAB_BYTES, needs.slab_bytes), SLAB_COUNT
-    while needs.total(slab_bytes=slab_bytes, slab_count=slab_count, baseline=baseline) > max_memory:
-        if slab_bytes > needs.slab_bytes:
-            slab_bytes = max(slab_bytes // 2, needs.slab_bytes)
-        else:
-            slab_count -= 1
+    chosen = _shrink(wanted, least, room=max_memory - fixed)
     return MemoryPlan(
-        slab_bytes=slab_bytes,
-        slab_count=slab_count,
-        scratch_bytes=needs.scratch_bytes,
-        factor_bytes=needs.factor_bytes,
-        predicted_peak_bytes=needs.total(
-            slab_bytes=slab_bytes, slab_count=slab_count, baseline=baseline
-        ),
-        least_bytes=least,
+        slab_bytes=chosen.slab_bytes,
+        slab_count=chosen.slab_count,
+        workers=chosen.workers,
+        scratch_bytes=chosen.scratch_bytes,
+        factor_bytes=chosen.factor_bytes,
+        predicted_peak_bytes=fixed + chosen.total(),
+        least_bytes=least_bytes,
     )
 
 
-def _needs(tensors: Iterable[TensorPlan], *, baseline_holds_plan: bool) -> _Needs:
-    slab, scratch, factors, count = MIN_SLAB_BYTES, 0, 0, 0
+def _shrink(sizes: _Sizes, least: _Sizes, *, room: int) -> _Sizes:
+    """Give up what costs the least speed first, until it fits."""
+    while sizes.total() > room:
+        if sizes.slab_bytes > least.slab_bytes and sizes.slab_bytes > MIB:
+            sizes = replace(sizes, slab_bytes=max(sizes.slab_bytes // 2, least.slab_bytes))
+        elif sizes.factor_bytes > least.factor_bytes:
+            sizes = replace(sizes, factor_bytes=max(sizes.factor_bytes // 2, least.factor_bytes))
+        elif sizes.scratch_bytes > least.scratch_bytes:
+            sizes = replace(sizes, scratch_bytes=max(sizes.scratch_bytes // 2, least.scratch_bytes))
+        elif sizes.slab_count > sizes.workers + MIN_SLAB_COUNT:
+            sizes = replace(sizes, slab_count=sizes.slab_count - 1)
+        elif sizes.workers > 1:
+            sizes = replace(sizes, workers=sizes.workers - 1)
+        elif sizes.slab_bytes > least.slab_bytes:
+            sizes = replace(sizes, slab_bytes=max(sizes.slab_bytes // 2, least.slab_bytes))
+        else:
+            sizes = replace(sizes, slab_count=sizes.slab_count - 1)
+    return sizes
+
+
+def _needs(tensors: Iterable[TensorPlan], shape: RunShape) -> tuple[int, _Sizes, _Sizes]:
+    """Return the number of records, the least sizes that work, and those wanted."""
+    slab, scratch, wanted_scratch, largest, count = MIN_SLAB_BYTES, 0, 0, 0, 0
     for tensor in tensors:
         count += 1 + sum(len(term.factors) for term in tensor.terms)
         if not isinstance(tensor.op, ApplyTerms):
@@ -134,14 +167,16 @@ def _needs(tensors: Iterable[TensorPlan], *, baseline_holds_plan: bool) -> _Need
         widest = max(tensor.source.dtype.item_bytes, tensor.dtype.item_bytes)
         slab = max(slab, rows * columns * widest)
         compute = 8 if tensor.op.work_dtype is Dtype.F64 else 4
-        scratch = max(scratch, SCRATCH_BYTES, rows * columns * compute)
-        factors = max(factors, _factor_bytes(tensor, compute))
+        scratch = max(scratch, rows * columns * compute)
+        wanted_scratch = max(wanted_scratch, shape.compute.scratch_for(rank_of(tensor)))
+        largest = max(largest, factor_bytes(tensor))
     slab += -slab % 4096
-    records = 0 if baseline_holds_plan else count * TENSOR_RECORD_BYTES
-    return _Needs(slab, scratch, factors, records)
-
-
-def _factor_bytes(tensor: TensorPlan, compute: int) -> int:
-    """Bytes of a target's factors, as stored and in the compute dtype."""
-    factors = [factor for term in tensor.terms for factor in term.factors]
-    return sum(factor.nbytes + prod(factor.shape) * compute for factor in factors)
+    least = _Sizes(slab, MIN_SLAB_COUNT, 1, scratch, 2 * largest)
+    wanted = _Sizes(
+        max(shape.block_bytes, slab),
+        shape.slab_count,
+        shape.workers,
+        max(scratch, wanted_scratch),
+        max(2 * largest, FACTOR_BYTES if largest else 0),
+    )
+    return count, least, wanted

@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from streammerge.checkpoint.sidecars import Sidecars
+    from streammerge.config.tuning import IoChoice
     from streammerge.plan.build import TensorPlans
     from streammerge.plan.layout import ShardPlan
-    from streammerge.plan.memory import MemoryPlan
+    from streammerge.plan.memory import MemoryPlan, RunShape
     from streammerge.plan.ops import Numerics, TensorPlan
 
 __all__ = ["MergePlan"]
@@ -31,7 +32,11 @@ class MergePlan:
     contents: TensorPlans
     shards: tuple[ShardPlan, ...]
     sidecars: Sidecars
+    io: IoChoice
+    shape: RunShape
+    """The threads and buffers that the run would like to have."""
     memory: MemoryPlan
+    """The buffers that it will have."""
     base_config: dict[str, Any]
     notes: tuple[str, ...]
 
@@ -72,6 +77,8 @@ class MergePlan:
             "bytes_written": self.bytes_written,
             "predicted_peak_bytes": self.memory.predicted_peak_bytes,
             "least_memory_bytes": self.memory.least_bytes,
+            "read_mode": self.io.read_mode,
+            "write_mode": self.io.write_mode,
             "shards": [
                 {"name": s.name, "bytes": s.file_bytes, "tensors": len(s.tensors)}
                 for s in self.shards

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from streammerge.dtypes import Dtype
 
 __all__ = ["ApplyTerms", "BiasTerm", "Change", "CopyBytes", "LoraTerm", "Numerics", "Op",
-           "TensorPlan", "Term"]  # fmt: skip
+           "TensorPlan", "Term", "rank_of"]  # fmt: skip
 
 Numerics = Literal["peft", "fp32"]
 Change = Literal["copied", "cast", "merged", "replaced", "added"]
@@ -115,3 +115,8 @@ class TensorPlan:
     def nbytes(self) -> int:
         """Bytes of the output."""
         return self.spec.nbytes
+
+
+def rank_of(tensor: TensorPlan) -> int:
+    """Return the highest rank among a target's terms; 0 without one."""
+    return max((term.a.shape[0] for term in tensor.terms if isinstance(term, LoraTerm)), default=0)

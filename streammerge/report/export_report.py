@@ -22,13 +22,16 @@ class ExportReport:
     bytes_written: int
     seconds: float
     read_seconds: float
-    """Busy time of the read stage; the stages overlap."""
+    """Busy time of the read stage, over its threads; the stages overlap."""
     compute_seconds: float
     write_seconds: float
     predicted_peak_bytes: int
     peak_rss_bytes: int
     """VmHWM of the process."""
     shards: list[dict[str, Any]]
+    """Name, bytes and digest of each."""
+    digest: str
+    """Kind of the digests."""
     resumed_shards: int
     """Shards that an interrupted run had already finished."""
     config_edits: dict[str, Any]

@@ -4,18 +4,26 @@ bit.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from streammerge.config.tuning import ComputeTuning, DiskTuning
+from streammerge.engine import machine
 from streammerge.plan import memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from streammerge.plan.memory import MemoryPlan
+
+export_module: Any = import_module("streammerge.engine.export")
 # PEFT warns of its own features (lora_bias, unmatched patterns); only our warnings are errors
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -151,21 +159,41 @@ def test_resized_vocabulary(workshop: Any, same_bits: Any) -> None:
         assert torch.equal(workshop.merged_logits(), logits)
 
 
-@pytest.mark.parametrize("max_memory", ["340MB", "4GB"])
-@pytest.mark.parametrize("io", ["buffered", "mmap"])
+@pytest.mark.parametrize("io", ["direct", "buffered", "mmap", "auto"])
 def test_bits_do_not_depend_on_memory_or_reader(
-    max_memory: str, io: str, workshop: Any, same_bits: Any, monkeypatch: pytest.MonkeyPatch
+    io: str, workshop: Any, same_bits: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # tiles of a few rows and products of four
-    monkeypatch.setattr(memory, "SLAB_BYTES", 4096)
+    # blocks of a few rows and products of four
+    tiny = functools.partial(DiskTuning, block_bytes=4096)
+    monkeypatch.setattr(machine, "DiskTuning", tiny)
+    monkeypatch.setattr(
+        machine, "_BUFFERED", dataclasses.replace(machine._BUFFERED, block_bytes=4096)
+    )
+    monkeypatch.setattr(
+        machine, "ComputeTuning", functools.partial(ComputeTuning, ((1 << 30, 1024),))
+    )
+    monkeypatch.setenv("STREAMMERGE_PROFILE", "")
     monkeypatch.setattr(memory, "MIN_SLAB_BYTES", 4096)
-    monkeypatch.setattr(memory, "SCRATCH_BYTES", 1024)
     monkeypatch.setattr(memory, "BASELINE_BYTES", 10**7)
     monkeypatch.setattr("streammerge.engine.export.rss_bytes", lambda: 10**7)
+    plans: list[MemoryPlan] = []
+    real = export_module.plan_memory
+
+    def plan_memory(*arguments: Any, **options: Any) -> MemoryPlan:
+        plans.append(real(*arguments, **options))
+        return plans[-1]
+
+    monkeypatch.setattr(export_module, "plan_memory", plan_memory)
     base = workshop.base("llama", torch.bfloat16)
     adapter = workshop.adapter(base, target_modules=[*LINEAR, "embed_tokens"])
     expected, _ = workshop.peft(base, adapter)
-    same_bits(workshop.export(base, adapter, max_memory=max_memory, io=io), expected)
+    for threads in (1, 3):
+        for max_memory in ("340MB", "4GB"):
+            merged = workshop.export(base, adapter, max_memory=max_memory, io=io, threads=threads)
+            same_bits(merged, expected)
+    # whole runs of tiles, not one block: the largest tensor is 96 x 48
+    assert {plan.slab_bytes for plan in plans} == {4096}
+    assert {plan.workers for plan in plans} == {1, 3}
 
 
 def test_legacy_format_in_and_out(workshop: Any, same_bits: Any) -> None:

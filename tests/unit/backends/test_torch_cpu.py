@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 
-from streammerge.backends.base import Tile
+from streammerge.backends.base import TargetFactors, Tile
 from streammerge.backends.select import check_device, select_backend
 from streammerge.backends.torch_cpu import TorchCpuBackend, torch_dtype
 from streammerge.checkpoint.header import StoredTensor
+from streammerge.config.tuning import ComputeTuning
 from streammerge.dtypes import Dtype
-from streammerge.engine.pipeline import _source_offset
 from streammerge.errors import UnsupportedError
 from streammerge.plan.ops import ApplyTerms, BiasTerm, LoraTerm, TensorPlan, Term
-from streammerge.plan.tiles import MergeTile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -116,27 +119,49 @@ def apply(
     edges: list[int] | None = None,
     spare: int = 0,
 ) -> tuple[torch.Tensor, bool]:
-    """Merge tile by tile as the pipeline does; check that nothing past a tile is touched."""
-    backend = TorchCpuBackend(numerics=numerics, threads=1, scratch_bytes=scratch_bytes)
-    target = one.target
-    factors = backend.load_factors(target, one.raw)
+    """Merge tile by tile as the pipeline does; check that nothing around a tile is touched."""
+    backend = TorchCpuBackend(numerics=numerics, scratch_bytes=scratch_bytes)
+    factors = backend.load_factors(one.target, one.raw)
     rows = one.weight.shape[0]
-    edges = edges or [0, rows]
     pieces, is_finite = b"", True
-    for begin, end in itertools.pairwise(edges):
-        tile = MergeTile(target, begin, end, 0, is_first=begin == 0, is_last=end == rows)
-        data = to_bytes(one.weight[begin:end])
-        assert len(data) == tile.source.nbytes
-        used = max(tile.nbytes, len(data))
-        buffer = bytearray([POISON]) * (used + spare)
-        offset = _source_offset(tile)
-        assert offset + len(data) <= used
-        buffer[offset : offset + len(data)] = data
-        is_finite &= backend.apply(Tile(target, begin, end, memoryview(buffer), offset), factors)
-        assert buffer[used:] == bytearray([POISON]) * spare
-        pieces += buffer[: tile.nbytes]
-    result = torch.frombuffer(bytearray(pieces), dtype=torch_dtype(target.dtype))
+    for begin, end in itertools.pairwise(edges or [0, rows]):
+        piece, fine = merge_tile(backend, factors, one, (begin, end), spare=spare)
+        pieces, is_finite = pieces + piece, is_finite & fine
+    result = torch.frombuffer(bytearray(pieces), dtype=torch_dtype(one.out))
     return result.view(one.weight.shape), is_finite
+
+
+def merge_tile(
+    backend: TorchCpuBackend,
+    factors: TargetFactors,
+    one: Case,
+    rows: tuple[int, int],
+    *,
+    spare: int = 0,
+) -> tuple[bytes, bool]:
+    """Merge rows that lie so far back in a buffer that the output reaches none too early."""
+    begin, end = rows
+    data = to_bytes(one.weight[begin:end])
+    nbytes = one.out.nbytes(one.weight[begin:end].numel())
+    used = max(nbytes, len(data))
+    # any place in a buffer will do, such as the middle of a page
+    output_offset = 8 * (spare // 16)
+    source_offset = output_offset + used - len(data)
+    around = bytearray([POISON]) * spare
+    buffer = bytearray([POISON]) * output_offset + bytearray(used) + around
+    buffer[source_offset : source_offset + len(data)] = data
+    tile = Tile(
+        one.target,
+        begin,
+        end,
+        memoryview(buffer),
+        output_offset=output_offset,
+        source_offset=source_offset,
+    )
+    is_finite = backend.apply(tile, factors)
+    assert buffer[:output_offset] == around[:output_offset]
+    assert buffer[output_offset + used :] == around
+    return bytes(buffer[output_offset : output_offset + nbytes]), is_finite
 
 
 def reference(one: Case) -> tuple[torch.Tensor, torch.Tensor]:
@@ -317,6 +342,129 @@ def test_overflow_of_the_output_dtype_is_seen() -> None:
     assert apply(one)[1] is False
 
 
+# the greatest value, and the least that is rounded to infinity
+EDGES = {
+    Dtype.F16: (65504.0, 65520.0),
+    Dtype.BF16: (3.3895313892515355e38, 3.3961775292304601e38),
+    Dtype.F32: (3.4028234663852886e38, math.inf),
+}
+
+
+@pytest.mark.parametrize("out", EDGES, ids=str)
+@pytest.mark.parametrize("work", [Dtype.F32, Dtype.F64], ids=str)
+@pytest.mark.parametrize("numerics", ["peft", "fp32"])
+@pytest.mark.parametrize("terms", [0, 1])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_edge_of_the_output_dtype(
+    out: Dtype, work: Dtype, numerics: Numerics, terms: int, sign: int
+) -> None:
+    greatest, too_great = EDGES[out]
+    for value, expected in ((greatest, True), (too_great, False)):
+        one = case(8, 8, work=work, out=out, terms=terms, scaling=0.0)
+        one.weight[:] = 0
+        one.weight[3, 3] = sign * value
+        result, is_finite = apply(one, numerics=numerics)
+        assert is_finite is expected
+        assert bool(torch.isfinite(result).all()) is expected
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(WORK),
+    st.sampled_from(WORK),
+    st.sampled_from(["peft", "fp32"]),
+    st.integers(0, 2),
+    st.lists(
+        st.tuples(
+            st.integers(0, 62),
+            st.one_of(
+                st.floats(),
+                st.sampled_from([6e4, 65503.9, 65504, 65519, 65520, 3.38e38, 3.39e38, 3.4e38]),
+            ),
+        ),
+        max_size=4,
+    ),
+    st.sampled_from([None, math.nan, math.inf, 1e4, 1e19, 1e30, 1e38]),
+)
+def test_what_apply_says_is_what_isfinite_says(
+    work: Dtype,
+    out: Dtype,
+    numerics: Numerics,
+    terms: int,
+    values: list[tuple[int, float]],
+    factor: float | None,
+) -> None:
+    one = case(9, 7, work=work, out=out, terms=terms)
+    for at, value in values:
+        one.weight[at // 7, at % 7] = torch.tensor(value, dtype=torch.float64).to(one.weight.dtype)
+    if factor is not None and terms:
+        one.terms[-1][1][1][4, 2] = factor
+    result, is_finite = apply(one, numerics=numerics, scratch_bytes=120)
+    assert is_finite is bool(torch.isfinite(result).all())
+
+
+@pytest.mark.parametrize("work", WORK, ids=str)
+def test_a_bias_that_is_not_finite_is_seen(work: Dtype) -> None:
+    for value, expected in ((1.0, True), (math.nan, False), (math.inf, False)):
+        vector = torch.full((9,), value)
+        weight = torch.ones(9, dtype=torch_dtype(work))
+        one = Case(weight, [(BiasTerm(stored(vector), 0.7), [vector])], work, work, work)
+        assert apply(one)[1] is expected
+
+
+@pytest.mark.parametrize("work", WORK, ids=str)
+@pytest.mark.parametrize("kind", ["plain", "transposed", "dora", "cast"])
+def test_threads_at_the_same_time_give_the_bits_of_one(work: Dtype, kind: str) -> None:
+    one = case(
+        67,
+        47,
+        work=work,
+        out=Dtype.F16 if kind == "cast" else None,
+        terms=2,
+        is_transposed=kind == "transposed",
+        dora=kind == "dora",
+    )
+    backend = TorchCpuBackend(numerics="peft", scratch_bytes=2000)
+    factors = backend.load_factors(one.target, one.raw)
+    edges = [*range(0, 64, 4), 67]
+    tiles = list(itertools.pairwise(edges))
+    expected = [merge_tile(backend, factors, one, rows) for rows in tiles]
+    together = threading.Barrier(4)
+
+    def work_on(number: int) -> dict[int, tuple[bytes, bool]]:
+        found = {}
+        for _ in range(5):
+            together.wait(60)
+            for index in range(number, len(tiles), 4):
+                found[index] = merge_tile(backend, factors, one, tiles[index])
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [item for part in pool.map(work_on, range(4)) for item in part.items()]
+    assert [part for _, part in sorted(found)] == expected
+
+
+def test_a_product_is_as_large_as_the_tuning_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    real = torch.mm
+
+    def mm(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        seen.append(len(left))
+        return real(left, right, out=out)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    tuning = ComputeTuning(((4, 40 * 4 * 20), (1 << 30, 40 * 4 * 10)))
+    for rank, scratch_bytes, rows in ((4, None, 17), (5, None, 7), (4, 40 * 4 * 8, 5)):
+        one = case(100, 40, rank=rank)
+        backend = TorchCpuBackend(numerics="peft", scratch_bytes=scratch_bytes, tuning=tuning)
+        seen.clear()
+        merge_tile(backend, backend.load_factors(one.target, one.raw), one, (0, 100))
+        # a short tail joins the last one, and still fits
+        assert set(seen[:-1]) == {rows}
+        assert seen[-1] < rows + 4
+        assert sum(seen) == 100
+
+
 def test_zero_rows_of_dora_are_not_finite() -> None:
     one = case(4, 4, work=Dtype.F32, dora=True, scaling=0.0)
     one.weight[2] = 0
@@ -340,11 +488,12 @@ def test_a_scalar_and_a_vector_are_cast() -> None:
     for weight in (torch.tensor(1.00390625), torch.arange(5.0)):
         one = Case(weight, [], Dtype.F32, Dtype.BF16, Dtype.F32)
         target = one.target
-        backend = TorchCpuBackend(numerics="peft", threads=1, scratch_bytes=0)
+        backend = TorchCpuBackend(numerics="peft")
         buffer = bytearray(to_bytes(weight))
         rows = weight.shape[0] if weight.shape else 1
         factors = backend.load_factors(target, [])
-        assert backend.apply(Tile(target, 0, rows, memoryview(buffer), 0), factors)
+        tile = Tile(target, 0, rows, memoryview(buffer), output_offset=0, source_offset=0)
+        assert backend.apply(tile, factors)
         count = weight.numel()
         got = torch.frombuffer(buffer, dtype=torch.bfloat16, count=count)
         assert torch.equal(got, weight.bfloat16().view(count))
@@ -358,7 +507,7 @@ def test_cuda_has_no_backend() -> None:
 
 
 def test_select_gives_the_cpu_backend() -> None:
-    backend = select_backend(numerics="peft", threads=1, scratch_bytes=4096)
+    backend = select_backend(numerics="peft", scratch_bytes=4096, tuning=ComputeTuning())
     assert isinstance(backend, TorchCpuBackend)
     assert backend.name == "torch-cpu"
     assert torch.get_num_threads() == 1

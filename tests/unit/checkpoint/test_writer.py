@@ -14,8 +14,14 @@ import torch
 
 from streammerge.checkpoint import writer as writer_module
 from streammerge.checkpoint.header import TensorSpec, encode_header
+from streammerge.checkpoint.slab import Slab
 from streammerge.checkpoint.torch_bin import read_torch_bin
-from streammerge.checkpoint.writer import SafetensorsWriter, TorchBinWriter, writing
+from streammerge.checkpoint.writer import (
+    SafetensorsWriter,
+    ShardWriter,
+    TorchBinWriter,
+    writing,
+)
 from streammerge.dtypes import Dtype
 from streammerge.errors import DiskSpaceError, ResourceError, UnsupportedError
 
@@ -65,6 +71,33 @@ def test_safetensors_shard_holds_the_expected_bytes(tmp_path: Path, chunk: int) 
         writer.write(len(HEAD) + at, memoryview(data)[at : at + chunk])
     assert writer.finish() == len(HEAD) + 10
     assert path.read_bytes() == HEAD + data
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "torch_bin"])
+@pytest.mark.parametrize("chunk", [1, 3, 10])
+def test_slabs_are_written_as_their_bytes_are(tmp_path: Path, layout: str, chunk: int) -> None:
+    specs = [TensorSpec("a", Dtype.U8, (4,)), TensorSpec("b", Dtype.U8, (6,))]
+    head, _ = encode_header(specs)
+    data, start = b"0123456789", len(head) if layout == "safetensors" else 0
+    writers: dict[str, ShardWriter] = {
+        name: SafetensorsWriter(tmp_path / name, head=head)
+        if layout == "safetensors"
+        else TorchBinWriter(tmp_path / name, specs=specs)
+        for name in ("slabs", "views")
+    }
+    slab = Slab(10)
+    for offset in range(0, 10, chunk):
+        part = data[offset : offset + chunk]
+        at = slab.place(start + offset)
+        slab.view[at : at + len(part)] = part
+        writers["slabs"].write_slab(start + offset, slab, at=at, nbytes=len(part))
+        writers["slabs"].write_slab(start + offset + len(part), slab, at=at, nbytes=0)
+    views = writers["views"]
+    assert isinstance(views, (SafetensorsWriter, TorchBinWriter))
+    views.write(start, memoryview(data))
+    sizes = {writer.finish() for writer in writers.values()}
+    assert (tmp_path / "slabs").read_bytes() == (tmp_path / "views").read_bytes()
+    assert sizes == {(tmp_path / "slabs").stat().st_size}
 
 
 def test_shard_has_its_temporary_name_until_it_is_finished(tmp_path: Path) -> None:

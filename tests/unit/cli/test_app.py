@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import xxhash
 from typer.testing import CliRunner
 
 import streammerge
@@ -121,7 +122,15 @@ def test_export_gives_its_report_as_json(config: Path, tmp_path: Path) -> None:
     report = json.loads(result.stdout)
     assert report["output_dir"] == str(tmp_path / "out")
     assert (report["tensors_total"], report["tensors_changed"]) == (4, 2)
-    assert (tmp_path / "out" / "model.safetensors").exists()
+    content = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert report["digest"] == "xxh3-128"
+    assert report["shards"] == [
+        {
+            "name": "model.safetensors",
+            "bytes": len(content),
+            "digest": xxhash.xxh3_128(content).hexdigest(),
+        }
+    ]
 
 
 def test_what_a_person_reads(config: Path, folders: tuple[Path, Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,11 @@ from streammerge.errors import OutputExistsError, ResourceError
 
 def finish(staging: Staging, name: str, content: bytes = b"shard") -> None:
     (staging.folder / name).write_bytes(content)
-    staging.record(name, len(content))
+    staging.record(name, len(content), digest(content))
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def test_finished_shards_survive_for_the_same_plan(tmp_path: Path) -> None:
@@ -28,7 +33,10 @@ def test_finished_shards_survive_for_the_same_plan(tmp_path: Path) -> None:
     first.release()
     second = Staging(tmp_path / "out")
     second.open("plan")
-    assert second.finished == {"one": 5, "two": 12}
+    assert second.finished == {
+        "one": (5, digest(b"shard")),
+        "two": (12, digest(b"longer shard")),
+    }
     names = {path.name for path in second.folder.iterdir()}
     assert names == {"one", "two", ".lock", ".journal"}
     second.release()
@@ -57,6 +65,9 @@ def test_another_plan_empties_the_folder(tmp_path: Path) -> None:
         lambda folder: (folder / ".journal").write_text(""),
         lambda folder: (folder / ".journal").write_text('{"plan": "plan"}\n{"shard": "one"'),
         lambda folder: (folder / ".journal").write_text('{"plan": "plan"}\n{"shard": "one"}\n'),
+        lambda folder: (folder / ".journal").write_text(
+            '{"plan": "plan"}\n{"shard": "one", "bytes": 5}\n'
+        ),
         lambda folder: (folder / ".journal").write_text('{"plan": "plan"}\n[1]\n'),
         lambda folder: (folder / "one").write_bytes(b"other length"),
         lambda folder: (folder / "one").unlink(),
@@ -76,7 +87,7 @@ def test_a_damaged_journal_or_shard_starts_over(spoil: Any, tmp_path: Path) -> N
     second.release()
     third = Staging(tmp_path / "out")
     third.open("plan")
-    assert third.finished == {"one": 5}
+    assert third.finished == {"one": (5, digest(b"shard"))}
     third.release()
 
 
@@ -108,7 +119,7 @@ def test_a_second_run_is_refused(tmp_path: Path) -> None:
     assert (first.folder / "one").exists()
     first.release()
     second.open("plan")
-    assert second.finished == {"one": 5}
+    assert second.finished == {"one": (5, digest(b"shard"))}
     second.discard()
     assert not second.folder.exists()
     second.release()
@@ -211,14 +222,17 @@ def test_fingerprints_change_with_what_changes_bytes(
 
     first = identity()
     assert identity() == first
-    assert identity(max_memory="3GB", threads=1, io="mmap") == first
+    for io in ("direct", "buffered", "mmap"):
+        assert identity(max_memory="3GB", threads=1, io=io) == first
     others = [
         identity(numerics="fp32"),
         identity(export_size="300B"),
         identity(export_legacy_format=True),
         identity(infer_dtype="bfloat16"),
+        identity(digest="sha256"),
+        identity(digest="none"),
         identity(adapter_name_or_path=[]),
     ]
     os.utime(adapter / "adapter_model.safetensors", ns=(1, 1))
     others.append(identity())
-    assert len({first, *others}) == 7
+    assert len({first, *others}) == 9

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from streammerge.checkpoint.header import StoredTensor
 from streammerge.checkpoint.sidecars import Sidecar, Sidecars
+from streammerge.config.tuning import IoChoice
 from streammerge.dtypes import Dtype
 from streammerge.plan.build import TensorPlans
 from streammerge.plan.layout import lay_out
-from streammerge.plan.memory import plan_memory
+from streammerge.plan.memory import RunShape, plan_memory
 from streammerge.plan.merge_plan import MergePlan
-from streammerge.plan.ops import ApplyTerms, BiasTerm, CopyBytes, LoraTerm, TensorPlan
+from streammerge.plan.ops import ApplyTerms, BiasTerm, CopyBytes, LoraTerm, TensorPlan, rank_of
 
 
 def stored(name: str, dtype: Dtype, *shape: int) -> StoredTensor:
@@ -43,6 +44,8 @@ def example() -> MergePlan:
         contents=contents,
         shards=lay_out(tensors, max_shard_bytes=None, layout="safetensors"),
         sidecars=Sidecars((Sidecar("tokenizer.json", Path("base/tokenizer.json")),), ("x.pt",)),
+        io=IoChoice(read_mode="mmap", write_mode="direct"),
+        shape=RunShape(),
         memory=plan_memory(tensors, max_memory=10**10),
         base_config={},
         notes=("a note",),
@@ -74,6 +77,8 @@ def test_description_is_json_and_complete() -> None:
         "bytes_written": plan.bytes_written,
         "predicted_peak_bytes": plan.memory.predicted_peak_bytes,
         "least_memory_bytes": plan.memory.least_bytes,
+        "read_mode": "mmap",
+        "write_mode": "direct",
         "shards": [{"name": "model.safetensors", "bytes": plan.bytes_written, "tensors": 3}],
         "targets": [
             {
@@ -101,3 +106,4 @@ def test_records_say_what_they_hold() -> None:
     assert added.terms == ()
     vector = stored("v", Dtype.F32, 4)
     assert BiasTerm(vector, 1.0).factors == (vector,)
+    assert [rank_of(tensor) for tensor in example().tensors] == [0, 2, 0]
