@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import traceback
@@ -12,14 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.main import get_command
 
-from streammerge.errors import StreamMergeError
+from streammerge.errors import ConfigError, StreamMergeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from streammerge.config import ExportConfig
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "run"]
 
 app = typer.Typer(
     add_completion=False,
@@ -101,6 +102,67 @@ def inspect(
 
 
 @app.command()
+def tune(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[FOLDER]...",
+            help="Folders on the disks to measure; by default the current one.",
+        ),
+    ] = None,
+    size: Annotated[str, typer.Option(help="Bytes read and written per measurement.")] = "1GB",
+    quick: Annotated[bool, typer.Option("--quick", help="Measure less, and only once.")] = False,
+    as_json: _Json = False,
+    debug: _Debug = False,
+) -> None:
+    """Measure how this machine reads, writes and merges best, for the exports that follow.
+
+    Each folder needs room for twice the size for a while. The result goes to
+    ~/.cache/streammerge/machine.json, or to the file that STREAMMERGE_PROFILE names.
+    """
+
+    def run() -> None:
+        from streammerge.cli.render import show_profile
+        from streammerge.config.profile import load_profile, save_profile
+        from streammerge.engine.tune import tune as run_tune
+
+        measured = run_tune(
+            folders or [Path()],
+            sample_bytes=_parse_size("--size", size),
+            quick=quick,
+            progress=_print_progress,
+        )
+        path = save_profile(measured.over(load_profile()[0]))
+        if as_json:
+            _print_json({"written_to": None if path is None else str(path), **measured.to_dict()})
+        else:
+            show_profile(measured, path=path)
+
+    _guard(run, as_json=as_json, debug=debug)
+
+
+@app.command(context_settings=_OVERRIDES)
+def bench(
+    context: typer.Context,
+    config: Annotated[str | None, typer.Argument(help=_CONFIG_HELP)] = None,
+    runs: Annotated[int, typer.Option(min=1, max=100, help="How often to measure.")] = 3,
+    as_json: _Json = False,
+    debug: _Debug = False,
+) -> None:
+    """Measure an export against a plain copy of the base's bytes, and publish nothing."""
+
+    def run() -> None:
+        from streammerge.cli.render import show_bench
+        from streammerge.engine.bench import bench as run_bench
+
+        settings = _load(config, context.args)
+        report = run_bench(settings, runs=runs, progress=_print_progress)
+        _print_json(report.to_dict()) if as_json else show_bench(report)
+
+    _guard(run, as_json=as_json, debug=debug)
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     from streammerge import __version__
@@ -125,6 +187,26 @@ def main() -> None:
         show()
         _end(int(getattr(error, "exit_code", 2)))
     _end(code if isinstance(code, int) else 0)
+
+
+def run() -> NoReturn:
+    """Run the command line as the whole of a process."""
+    code = 1
+    try:
+        main()
+    except SystemExit as ending:
+        code = ending.code if isinstance(ending.code, int) else 1
+    except KeyboardInterrupt:
+        code = 130
+    except Exception:  # noqa: BLE001 (a fault of ours: shown as the interpreter would)
+        traceback.print_exc()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # whoever read it is gone
+        code = code or 1
+    # taking the interpreter and torch apart takes 0.25 s, for memory that ends with the process
+    os._exit(code)
 
 
 def _end(code: int) -> NoReturn:
@@ -165,6 +247,19 @@ def _guard(run: Callable[[], None], *, as_json: bool, debug: bool) -> None:
             traceback.print_exc()
         typer.echo(f"error: {error.strerror or error}, in {error.filename}", err=True)
         raise typer.Exit(3) from error
+
+
+def _parse_size(option: str, text: str) -> int:
+    from streammerge.config.sizes import parse_bytes
+
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise ConfigError(f"{option} is no size", expected=error, got=repr(text)) from error
+
+
+def _print_progress(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def _print_json(value: dict[str, Any]) -> None:

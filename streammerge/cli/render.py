@@ -20,11 +20,21 @@ from streammerge.engine.export import Progress as ExportProgress
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
+    from streammerge.config.profile import MachineProfile
+    from streammerge.engine.bench import BenchReport
     from streammerge.plan.merge_plan import MergePlan
     from streammerge.report.export_report import ExportReport
 
-__all__ = ["RichProgress", "show_inspection", "show_plan", "show_report"]
+__all__ = [
+    "RichProgress",
+    "show_bench",
+    "show_inspection",
+    "show_plan",
+    "show_profile",
+    "show_report",
+]
 
 
 class RichProgress(ExportProgress):
@@ -162,6 +172,67 @@ def show_inspection(found: dict[str, Any]) -> None:
             (t["name"], t["dtype"], _shape(t["shape"]), _size(t["bytes"])) for t in found["tensors"]
         ]
     _print_table(columns, lines)
+
+
+def show_profile(profile: MachineProfile, *, path: Path | None) -> None:
+    """Print what was measured, the chosen settings marked, and where it was written."""
+    for found in profile.measurements["disks"].values():
+        _print_rows([("disk", f"{found['folder']} ({found['fs_type']}), GB/s")])
+        modes = ("", "read mode", "write mode", "block", "readers", "writers")
+        _print_table(
+            (*modes, "read", "write", "both"),
+            [
+                (
+                    _mark(s),
+                    s["read_mode"],
+                    s["write_mode"],
+                    f"{s['block_bytes'] / 2**20:g} MiB",
+                    s["readers"],
+                    s["writers"],
+                    *(f"{s[f'{way}_gbps']:.2f}" for way in ("read", "write", "both")),
+                )
+                for s in found["settings"]
+            ],
+        )
+    cells = profile.measurements["compute"]
+    sizes = list(dict.fromkeys(cell["scratch_bytes"] for cell in cells))
+    rows: dict[tuple[object, ...], list[str]] = {}
+    for cell in cells:
+        row = rows.setdefault((cell["dtype"], cell["rank"]), [])
+        row.append(f"{cell['gbps']:.2f}{_mark(cell)}")
+    _print_rows([("merging", f"GB/s in {cells[0]['threads']} threads, by the size of a product")])
+    _print_table(
+        ("dtype", "rank", *(f"{size / 2**20:g} MiB" for size in sizes)),
+        [(*key, *row) for key, row in rows.items()],
+    )
+    where = "nowhere: STREAMMERGE_PROFILE is empty" if path is None else str(path)
+    _print_rows([("chosen", "marked with *"), ("written to", where)])
+
+
+def show_bench(report: BenchReport) -> None:
+    """Print how an export compares with the floor."""
+    speed = report.bytes_written / report.seconds / 10**9
+    floor_speed = report.floor_bytes / report.floor_seconds / 10**9
+    busy = ", ".join(
+        f"{stage} {seconds:.2f} s in {report.threads[stage]}"
+        for stage, seconds in report.busy_seconds.items()
+    )
+    _print_rows(
+        [
+            ("machine", report.machine),
+            ("base", f"{report.base}, {_size(report.floor_bytes)}"),
+            ("runs", f"{len(report.runs_seconds)}, with cold inputs; medians"),
+            ("export", f"{report.seconds:.2f} s ({speed:.2f} GB/s)"),
+            ("floor", f"{report.floor_seconds:.2f} s ({floor_speed:.2f} GB/s): a plain copy"),
+            ("ratio", f"{report.ratio:.2f} times the floor"),
+            ("peak memory", _size(report.peak_rss_bytes)),
+            ("busy", f"{busy} threads; bound by {report.binding}"),
+        ]
+    )
+
+
+def _mark(found: dict[str, Any]) -> str:
+    return "*" if found["is_chosen"] else ""
 
 
 def _variants(found: dict[str, Any]) -> str:
