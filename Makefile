@@ -69,4 +69,4 @@ test-slow: .venv/.dev
 clean:
 	echo "clean    build, dist, caches"
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage htmlcov
-	find streammerge kernels tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find streammerge kernels tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
