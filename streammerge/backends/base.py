@@ -45,3 +45,6 @@ class Backend(Protocol):
 
     def apply(self, tile: Tile, factors: TargetFactors) -> bool:
         """Merge one tile in place; return whether all of its results are finite."""
+
+    def close(self) -> None:
+        """Give back what was taken from the process; the backend is not used any more."""

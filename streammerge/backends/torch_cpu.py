@@ -80,11 +80,16 @@ class TorchCpuBackend:
             scratch_bytes: Most bytes of one product; by default what the tuning says.
             tuning: How large a product is, by rank.
         """
+        self._threads_before = torch.get_num_threads()
         torch.set_num_threads(1)
         self._numerics = numerics
         self._tuning = tuning or ComputeTuning()
         self._scratch_bytes = scratch_bytes
         self._local = threading.local()
+
+    def close(self) -> None:
+        """Give torch the threads back that it had before."""
+        torch.set_num_threads(self._threads_before)
 
     def load_factors(self, target: TensorPlan, raw: list[bytearray]) -> _Factors:
         """Convert a target's factors to the compute dtype."""

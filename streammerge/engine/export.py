@@ -196,11 +196,9 @@ def _fit_memory(
         MemoryBudgetError: It is too much already, or the buffers do not fit.
     """
 
-    def open_backend() -> Backend:
+    def open_backend(memory: MemoryPlan) -> Backend:
         return select_backend(
-            numerics=plan.numerics,
-            scratch_bytes=plan.memory.scratch_bytes,
-            tuning=plan.shape.compute,
+            numerics=plan.numerics, scratch_bytes=memory.scratch_bytes, tuning=plan.shape.compute
         )
 
     def fit(baseline: int) -> MemoryPlan:
@@ -222,15 +220,32 @@ def _fit_memory(
                 hint="set a larger max_memory",
             )
 
-    if settings.max_memory >= TORCH_MOST_BYTES + rss_bytes() + plan.memory.least_bytes:
+    before = rss_bytes()
+    if settings.max_memory < TORCH_MOST_BYTES + before + plan.memory.least_bytes:
+        open_backend(plan.memory).close()
         check()
-        foreseen = fit(TORCH_MOST_BYTES + rss_bytes())
-        spare = TORCH_MOST_BYTES + rss_bytes() - BASELINE_BYTES
-        shown = foreseen.predicted_peak_bytes - max(0, spare)
-        return replace(foreseen, predicted_peak_bytes=shown), open_backend
-    backend = open_backend()
+        memory = fit(rss_bytes())
+        return memory, lambda: open_backend(memory)
+
     check()
-    return fit(rss_bytes()), lambda: backend
+    roomy = fit(TORCH_MOST_BYTES + before)
+
+    def open_meanwhile() -> Backend:
+        backend = open_backend(roomy)
+        slabs = roomy.slab_bytes * roomy.slab_count
+        if rss_bytes() - before - slabs > TORCH_MOST_BYTES:
+            raise MemoryBudgetError(
+                "torch takes more memory on this machine than was foreseen",
+                expected=f"at most {TORCH_MOST_BYTES // 10**6}MB",
+                got=f"{(rss_bytes() - before - slabs) // 10**6}MB",
+                hint=f"set max_memory: {-(-plan.memory.least_bytes // 10**6)}MB or a little more: "
+                "torch is then loaded first, and the buffers fit what it leaves",
+            )
+        return backend
+
+    spare = TORCH_MOST_BYTES + before - BASELINE_BYTES
+    shown = roomy.predicted_peak_bytes - max(0, spare)
+    return replace(roomy, predicted_peak_bytes=shown), open_meanwhile
 
 
 def _report(run: _Run, pipeline: Pipeline, *, seconds: float, hub_url: str | None) -> ExportReport:

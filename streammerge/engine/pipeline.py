@@ -139,6 +139,8 @@ class Pipeline:
             finally:
                 self._jobs.close()
                 self._abort_unfinished()
+                if self._backend is not None:
+                    self._backend.close()
         if self._failure is not None:
             raise self._failure
 

@@ -511,3 +511,11 @@ def test_select_gives_the_cpu_backend() -> None:
     assert isinstance(backend, TorchCpuBackend)
     assert backend.name == "torch-cpu"
     assert torch.get_num_threads() == 1
+
+
+def test_torch_has_its_threads_again_after_a_run() -> None:
+    torch.set_num_threads(2)
+    backend = TorchCpuBackend(numerics="peft")
+    assert torch.get_num_threads() == 1
+    backend.close()
+    assert torch.get_num_threads() == 2

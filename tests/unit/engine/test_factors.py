@@ -35,6 +35,9 @@ class Backend:
     def __init__(self) -> None:
         self.loads: list[tuple[str, list[bytes]]] = []
 
+    def close(self) -> None:
+        pass
+
     def load_factors(self, target: TensorPlan, raw: list[bytearray]) -> Any:
         time.sleep(0.01)
         self.loads.append((target.name, [bytes(part) for part in raw]))

@@ -58,6 +58,9 @@ class Backend:
         self.factors: list[bytes] = []
         self.seconds = seconds
 
+    def close(self) -> None:
+        pass
+
     def load_factors(self, target: TensorPlan, raw: list[bytearray]) -> Any:
         self._fail("load")
         self.factors.extend(map(bytes, raw))
