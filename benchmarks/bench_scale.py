@@ -100,7 +100,7 @@ def draw(axes: Any, rows: list[dict[str, Any]]) -> None:
     memory = axes.twinx()
     peaks = [row["peak_rss_bytes"] / 1e6 for row in rows]
     (peak,) = memory.plot(sizes, peaks, "s--", color="tab:red", label="peak memory")
-    memory.set(ylabel="peak resident memory in MB", ylim=(0, None))
+    memory.set(ylabel="peak resident memory in MB", ylim=(0, 1.25 * max(peaks)))
     axes.legend(handles=[time, peak], loc="lower right")
 
 
