@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
     from streammerge.checkpoint.slab import Slab
 
-__all__ = ["DirectReader", "DirectWriter"]
+__all__ = ["REFUSED", "DirectReader", "DirectWriter"]
 
 # what a file system answers that does not take direct transfers, at all or of this alignment
-_REFUSED = {errno.EINVAL, errno.EOPNOTSUPP}
+REFUSED = {errno.EINVAL, errno.EOPNOTSUPP}
 
 
 class DirectReader(BufferedReader):
@@ -42,7 +42,7 @@ class DirectReader(BufferedReader):
         try:
             self._direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
         except OSError as error:
-            if error.errno not in _REFUSED:
+            if error.errno not in REFUSED:
                 os.close(self._file)
                 raise
         else:
@@ -96,7 +96,7 @@ class DirectReader(BufferedReader):
         try:
             got = os.preadv(file, [slab.view[window : window + length]], offset - lead)
         except OSError as error:
-            if error.errno not in _REFUSED:
+            if error.errno not in REFUSED:
                 raise read_failing(self.path, offset, error) from error
             os.close(file)
             self._direct = None
@@ -200,7 +200,7 @@ class DirectWriter(ShardFile):
         try:
             return os.pwrite(self._file, data, offset)
         except OSError as error:
-            if error.errno not in _REFUSED:
+            if error.errno not in REFUSED:
                 raise
         # refused as a direct transfer, perhaps in another thread as well
         self._set_direct(on=False)
@@ -213,7 +213,7 @@ class DirectWriter(ShardFile):
         try:
             fcntl.fcntl(self._file, fcntl.F_SETFL, wanted)
         except OSError as error:
-            if error.errno not in _REFUSED:
+            if error.errno not in REFUSED:
                 raise
 
 

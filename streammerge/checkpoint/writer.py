@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import zipfile
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
@@ -25,10 +26,13 @@ __all__ = [
     "ShardFile",
     "ShardWriter",
     "TorchBinWriter",
+    "require_space",
     "writing",
 ]
 
 PARTIAL_SUFFIX = ".partial"
+# sidecars, the index and the file system's own records
+SPARE_DISK_BYTES = 64 * 10**6
 # write-back starts as soon as a stretch of this size is full, and its pages are dropped one stretch
 # later
 WRITE_BEHIND_BYTES = 32 << 20
@@ -53,6 +57,31 @@ def writing(path: Path) -> Iterator[None]:
                 hint="free some space, or set export_dir on another disk, and run again",
             ) from error
         raise ResourceError(f"cannot write ({error.strerror})", where=path) from error
+
+
+def require_space(place: Path, *, needed: int, purpose: str, hint: str, held: int = 0) -> None:
+    """Refuse what a disk cannot take, with some room to spare.
+
+    Args:
+        place: A folder that exists, on the disk.
+        needed: Bytes that will be written.
+        purpose: What they are for, as the message has it.
+        hint: What to do about it.
+        held: Bytes that become free on the way.
+
+    Raises:
+        DiskSpaceError: There is too little free space.
+    """
+    needed += SPARE_DISK_BYTES
+    free = shutil.disk_usage(place).free + held
+    if free < needed:
+        raise DiskSpaceError(
+            f"not enough free disk space {purpose}",
+            where=place,
+            expected=f"{needed / 10**9:.2f} GB free",
+            got=f"{free / 10**9:.2f} GB",
+            hint=hint,
+        )
 
 
 class ShardWriter(Protocol):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import statistics
 import tempfile
 from dataclasses import asdict, dataclass
@@ -13,14 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoint.mounts import mount_of
-from streammerge.checkpoint.writer import writing
+from streammerge.checkpoint.writer import require_space, writing
 from streammerge.config.tuning import DiskTuning
 from streammerge.engine.export import rehearse
 from streammerge.engine.floor import move_bytes
 from streammerge.engine.machine import choose_io
 from streammerge.engine.prepare import prepare
 from streammerge.engine.tune_disk import drop_pages
-from streammerge.errors import DiskSpaceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,7 +32,6 @@ __all__ = ["BenchReport", "bench"]
 
 # files that are being written, and one that waits to be
 _FILES_IN_FLIGHT = 2
-_SPARE_DISK_BYTES = 64 * 10**6
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,16 +147,12 @@ def _floor(weights: Sequence[Path], output: Path, tuning: DiskTuning) -> FloorRe
     """
     place = next(folder for folder in output.parents if folder.exists())
     sizes = sorted((path.stat().st_size for path in weights), reverse=True)
-    needed = sum(sizes[:_FILES_IN_FLIGHT]) + _SPARE_DISK_BYTES
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise DiskSpaceError(
-            "not enough free disk space to measure the floor",
-            where=place,
-            expected=f"{needed / 10**9:.2f} GB free",
-            got=f"{free / 10**9:.2f} GB",
-            hint="free some space, or set export_dir on another disk",
-        )
+    require_space(
+        place,
+        needed=sum(sizes[:_FILES_IN_FLIGHT]),
+        purpose="to measure the floor",
+        hint="free some space, or set export_dir on another disk",
+    )
     with writing(place):
         folder = tempfile.TemporaryDirectory(prefix=f".{output.name}.floor-", dir=place)
     with folder as name:

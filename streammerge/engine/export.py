@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -16,13 +15,12 @@ from streammerge.checkpoint.header import read_header
 from streammerge.checkpoint.hub import push_folder
 from streammerge.checkpoint.sidecars import write_durably, write_sidecars
 from streammerge.checkpoint.torch_bin import read_torch_bin
-from streammerge.checkpoint.writer import SafetensorsWriter, TorchBinWriter
+from streammerge.checkpoint.writer import SafetensorsWriter, TorchBinWriter, require_space
 from streammerge.config import ExportConfig, load_config, parse_config
 from streammerge.engine.pipeline import Pipeline
 from streammerge.engine.prepare import prepare
 from streammerge.engine.staging import Staging, check_output, fingerprint
 from streammerge.errors import (
-    DiskSpaceError,
     InputError,
     InterruptedRunError,
     MemoryBudgetError,
@@ -44,8 +42,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Progress", "build_plan", "export", "rehearse"]
 
-# sidecars, the index and the file system's own records
-SPARE_DISK_BYTES = 64 * 10**6
 # torch's CPU build takes 180 MB of RSS, builds for GPUs up to about 500
 TORCH_MOST_BYTES = 550 * 10**6
 
@@ -401,13 +397,10 @@ def _check_disk(plan: MergePlan, *, needed: int) -> None:
         place = place.parent
     staged = Staging(plan.output).folder
     held = sum(f.stat().st_size for f in staged.iterdir() if f.is_file()) if staged.is_dir() else 0
-    free = shutil.disk_usage(place).free + held
-    needed += SPARE_DISK_BYTES
-    if free < needed:
-        raise DiskSpaceError(
-            "not enough free disk space for the output",
-            where=place,
-            expected=f"{needed / 10**9:.2f} GB free",
-            got=f"{free / 10**9:.2f} GB",
-            hint="free some space, or set export_dir on another disk",
-        )
+    require_space(
+        place,
+        needed=needed,
+        held=held,
+        purpose="for the output",
+        hint="free some space, or set export_dir on another disk",
+    )

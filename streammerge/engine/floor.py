@@ -7,7 +7,6 @@ a closed set of page-aligned buffers, past the page cache where the file system 
 from __future__ import annotations
 
 import ctypes
-import errno
 import fcntl
 import mmap
 import os
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
+from streammerge.checkpoint.direct import REFUSED
 from streammerge.checkpoint.reader import read_failing
 from streammerge.checkpoint.slab import PAGE, address_of
 from streammerge.checkpoint.writer import writing
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["FloorResult", "move_bytes", "read_bytes", "write_bytes"]
 
-# what a file system answers that does not take direct transfers, at all or of this alignment
-_REFUSED = {errno.EINVAL, errno.EOPNOTSUPP}
 # while one is with the reader or the writer, another waits for its turn
 _BUFFERS_PER_THREAD = 2
 
@@ -122,7 +120,7 @@ class _File:
         try:
             self.descriptor = os.open(path, flags | direct, 0o666)
         except OSError as error:
-            if not direct or error.errno not in _REFUSED:
+            if not direct or error.errno not in REFUSED:
                 raise
             self.mode = "buffered"
             # the refused call may have created the file
@@ -148,7 +146,7 @@ class _File:
         try:
             return call(self.descriptor, [data], offset)
         except OSError as error:
-            if mode != "direct" or error.errno not in _REFUSED:
+            if mode != "direct" or error.errno not in REFUSED:
                 raise
         flags = fcntl.fcntl(self.descriptor, fcntl.F_GETFL)
         fcntl.fcntl(self.descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)

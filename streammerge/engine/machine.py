@@ -13,13 +13,14 @@ from streammerge.plan.memory import RunShape
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from streammerge.checkpoint.mounts import Mount
     from streammerge.config import ExportConfig
     from streammerge.config.profile import MachineProfile
 
-__all__ = ["choose_io", "disk_key"]
+__all__ = ["BUFFERED", "choose_io", "default_disk", "disk_key"]
 
 # read-ahead and write-behind see to it that one thread each way keeps a disk busy
-_BUFFERED = DiskTuning(read_mode="buffered", write_mode="buffered", readers=1, writers=1)
+BUFFERED = DiskTuning(read_mode="buffered", write_mode="buffered", readers=1, writers=1)
 
 
 def disk_key(path: Path) -> str:
@@ -46,9 +47,9 @@ def choose_io(
     if config.io == "direct":
         source, target = replace(source, read_mode="direct"), replace(target, write_mode="direct")
     elif config.io == "buffered":
-        source = target = _BUFFERED
+        source = target = BUFFERED
     elif config.io == "mmap":
-        source = replace(_BUFFERED, read_mode="mmap")
+        source = replace(BUFFERED, read_mode="mmap")
     is_direct = target.write_mode == "direct" and not config.export_legacy_format
     io = IoChoice(
         read_mode=source.read_mode,
@@ -68,8 +69,13 @@ def choose_io(
     return io, shape, (note,) if note else ()
 
 
+def default_disk(mount: Mount) -> DiskTuning:
+    """Return how files are handled on a disk that was not measured."""
+    return DiskTuning() if allows_direct(mount) else BUFFERED
+
+
 def _disk(profile: MachineProfile, path: Path) -> DiskTuning:
     measured = profile.disks.get(disk_key(path))
     if measured is not None:
         return measured
-    return DiskTuning() if allows_direct(mount_of(path)) else _BUFFERED
+    return default_disk(mount_of(path))

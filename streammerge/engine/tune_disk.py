@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import statistics
 import tempfile
 from contextlib import suppress
@@ -12,19 +11,18 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from streammerge.checkpoint.mounts import allows_direct, mount_of
-from streammerge.checkpoint.writer import writing
+from streammerge.checkpoint.mounts import mount_of
+from streammerge.checkpoint.writer import require_space, writing
 from streammerge.config.tuning import MIB, DiskTuning
 from streammerge.engine.floor import move_bytes, read_bytes, write_bytes
+from streammerge.engine.machine import BUFFERED, default_disk
 from streammerge.engine.tune_choice import prefer
-from streammerge.errors import DiskSpaceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
 __all__ = ["drop_pages", "measure_disk"]
 
-_SPARE_DISK_BYTES = 64 * 10**6
 _BLOCKS = (MIB, 4 * MIB, 8 * MIB, 16 * MIB)
 _THREADS = (1, 2, 4)
 _QUICK_BLOCKS, _QUICK_THREADS = (4 * MIB, 8 * MIB), (1, 2)
@@ -33,7 +31,6 @@ _RUNS = 3
 _LAST_RUNS = 5
 # settings that come this close to the best in their first run are measured again
 _CONTENDING = 0.85
-_BUFFERED = DiskTuning(read_mode="buffered", write_mode="buffered", readers=1, writers=1)
 
 _Mode = Literal["direct", "buffered"]
 _Modes = tuple[_Mode, _Mode]
@@ -62,16 +59,18 @@ def measure_disk(
         DiskSpaceError: The folder's disk is too full.
         ResourceError: The folder cannot be written.
     """
-    _check_space(folder, needed=2 * sample_bytes + _SPARE_DISK_BYTES)
+    require_space(
+        folder, needed=2 * sample_bytes, purpose="to measure", hint="choose a smaller --size"
+    )
     mount, runs = mount_of(folder), 1 if quick else _RUNS
     with writing(folder):
         place = tempfile.TemporaryDirectory(prefix=".streammerge-tune-", dir=folder)
     with place as name:
         bench = _Bench(Path(name), sample_bytes)
         space = _Space(bench.modes, quick=quick, sample_bytes=sample_bytes)
-        default = DiskTuning() if allows_direct(mount) else _BUFFERED
+        default = default_disk(mount)
         if (default.read_mode, default.write_mode) not in space.modes:
-            default = _BUFFERED
+            default = BUFFERED
         grid = list(dict.fromkeys([default, *space.grid()]))
         for setting in grid:
             bench.measure(_WAYS, [setting], runs=1)
@@ -228,15 +227,3 @@ def _describe(setting: DiskTuning) -> str:
         f"{' and '.join(modes)}, {setting.block_bytes // MIB} MiB, "
         f"{setting.readers} reading, {setting.writers} writing"
     )
-
-
-def _check_space(folder: Path, *, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise DiskSpaceError(
-            "not enough free disk space to measure",
-            where=folder,
-            expected=f"{needed / 10**9:.2f} GB free",
-            got=f"{free / 10**9:.2f} GB",
-            hint="choose a smaller --size",
-        )

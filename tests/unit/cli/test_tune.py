@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from typer.testing import CliRunner
 
+from streammerge.checkpoint.writer import require_space
 from streammerge.cli.app import app
 from streammerge.config.profile import MachineProfile, load_profile, save_profile
 from streammerge.config.tuning import MIB, ComputeTuning, DiskTuning
@@ -188,7 +189,10 @@ def test_bench_as_a_person_reads_it(config: Path, profile: Path) -> None:
 def test_bench_needs_room_for_the_floor(
     config: Path, profile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streammerge.engine.bench._SPARE_DISK_BYTES", 10**18)
+    def require(place: Path, *, needed: int, **options: Any) -> None:
+        require_space(place, needed=needed + 10**18, **options)
+
+    monkeypatch.setattr("streammerge.engine.bench.require_space", require)
     result = invoke("bench", config, "--runs", "1", "--json")
     assert result.exit_code == 4
     assert "floor" in result.stderr
