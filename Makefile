@@ -6,11 +6,12 @@ DEMO := build/demo
 
 .SILENT:
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow gates clean
+.PHONY: help install demo docs test test-slow gates clean
 
 help:
 	echo "make install    the package in .venv"
 	echo "make demo       merge a small adapter, and ask the model before and after"
+	echo "make docs       the tables of docs/ that are made from the code"
 	echo "make gates      linter, formatter, types, import order"
 	echo "make test       tests with coverage, without the slow ones"
 	echo "make test-slow  all tests"
@@ -47,6 +48,10 @@ demo: .venv/.demo $(DEMO)/SmolLM2-135M-Instruct/config.json
 	echo "ask      the base, then the merged model"
 	$(BIN)/python examples/ask.py --model base=$(DEMO)/SmolLM2-135M-Instruct \
 		--model merged=$(DEMO)/smollm2-captain "What is the capital of France?"
+
+docs: .venv/.install
+	echo "write    docs/adapters.md"
+	$(BIN)/python -m streammerge.adapters.support docs/adapters.md
 
 gates: .venv/.dev
 	echo "ruff check"

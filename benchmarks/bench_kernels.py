@@ -28,6 +28,7 @@ from common import (
     write_results,
 )
 
+from streammerge.adapters.terms import Factor
 from streammerge.backends.base import Tile
 from streammerge.backends.torch_cpu import TorchCpuBackend, torch_dtype
 from streammerge.checkpoint.header import StoredTensor
@@ -102,7 +103,9 @@ def streammerge_side(merge: Merge) -> Iterator[Step]:
     """Merge tiles as the pipeline does, each thread one at a time."""
     backend = TorchCpuBackend(numerics="peft")
     target = plan_target(merge)
-    factors = backend.load_factors(target, [bytearray(to_bytes(t)) for t in (merge.a, merge.b)])
+    stored = target.terms[0].factors
+    raw = (bytearray(to_bytes(tensor)) for tensor in (merge.a, merge.b))
+    factors = backend.load_factors(target, dict(zip(stored, raw, strict=True)))
     data = memoryview(bytearray(to_bytes(merge.weight)))
     rows, row_bytes = merge.weight.shape[0], len(data) // merge.weight.shape[0]
     tiles = [
@@ -122,13 +125,13 @@ def plan_target(merge: Merge) -> TensorPlan:
     """Plan the merge of one tensor that is in no file."""
     dtype = next(d for d in Dtype if d.name in DTYPES and torch_dtype(d) == merge.weight.dtype)
 
-    def stored(tensor: torch.Tensor, kind: Dtype) -> StoredTensor:
-        return StoredTensor("w", kind, tuple(tensor.shape), Path("none"), 0)
+    def stored(name: str, tensor: torch.Tensor, kind: Dtype) -> StoredTensor:
+        return StoredTensor(name, kind, tuple(tensor.shape), Path("none"), 0)
 
-    a, b = stored(merge.a, Dtype.F32), stored(merge.b, Dtype.F32)
+    a, b = (Factor(stored(n, t, Dtype.F32)) for n, t in (("a", merge.a), ("b", merge.b)))
     term = LoraTerm(a, b, SCALING, is_transposed=False, rounds_delta=False)
     op = ApplyTerms(dtype, (term,))
-    return TensorPlan("w", dtype, stored(merge.weight, dtype), op, "merged")
+    return TensorPlan("w", dtype, stored("w", merge.weight, dtype), op, "merged")
 
 
 def torch_side(merge: Merge) -> Iterator[Step]:

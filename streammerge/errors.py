@@ -9,7 +9,8 @@ StreamMergeError                  1
 │   ├── CheckpointError           3   a shard, a header, an index, config.json
 │   ├── AdapterError              3   adapter_config.json or the adapter's tensors
 │   ├── PlanError                 3   base and adapter do not fit
-│   └── NonFiniteError            3   a merged tensor holds NaN or Inf
+│   ├── NonFiniteError            3   a merged tensor holds NaN or Inf
+│   └── QuantizationError         3   calibration data or weights that cannot be quantized
 ├── ResourceError (RuntimeError)  4   not enough of something
 │   ├── MemoryBudgetError         4
 │   └── DiskSpaceError            4
@@ -35,6 +36,7 @@ __all__ = [
     "NonFiniteError",
     "OutputExistsError",
     "PlanError",
+    "QuantizationError",
     "ResourceError",
     "StreamMergeError",
     "UnsupportedError",
@@ -118,6 +120,10 @@ class PlanError(InputError):
 
 class NonFiniteError(InputError):
     """A merged tensor holds NaN or Inf."""
+
+
+class QuantizationError(InputError):
+    """Calibration data, or weights on it, that cannot be quantized."""
 
 
 class ResourceError(StreamMergeError, RuntimeError):

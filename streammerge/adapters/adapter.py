@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from streammerge.adapters.config import AdapterConfig, read_adapter_config
 from streammerge.adapters.keys import Role, parse_key
+from streammerge.adapters.tuners.base import AdapterModule
 from streammerge.checkpoint.header import StoredTensor, read_header
 from streammerge.checkpoint.torch_bin import read_torch_bin
 from streammerge.errors import AdapterError
@@ -14,34 +15,12 @@ from streammerge.errors import AdapterError
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Adapter", "LoraModule", "Replacement", "open_adapter"]
+    from streammerge.adapters.options import Choices
+
+__all__ = ["Adapter", "Replacement", "RowReplacement", "open_adapter"]
 
 _K = TypeVar("_K")
 _V = TypeVar("_V")
-
-
-@dataclass(frozen=True, slots=True)
-class LoraModule:
-    """One module's low-rank factors.
-
-    Shapes: `a` (R, K) and `b` (N, R); on an embedding `a` (R, vocabulary) and `b` (dim, R).
-    """
-
-    module: str
-    """Path of the module in memory."""
-    a: StoredTensor
-    b: StoredTensor
-    scaling: float
-    is_embedding: bool
-    magnitude: StoredTensor | None = None
-    """(N,), if the module was trained with DoRA."""
-    b_bias: StoredTensor | None = None
-    """(N,), if the module was trained with `lora_bias`."""
-
-    @property
-    def rank(self) -> int:
-        """R."""
-        return self.a.shape[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,21 +35,40 @@ class Replacement:
 
 
 @dataclass(frozen=True, slots=True)
+class RowReplacement:
+    """Rows of an embedding, or of a head, that were trained by themselves."""
+
+    module: str
+    """Path of the module in memory."""
+    tensor: StoredTensor
+    """(number of tokens, dim)"""
+    indices: tuple[int, ...]
+    """The row that each of them replaces."""
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """One adapter, opened."""
 
     path: Path
     config: AdapterConfig
-    modules: tuple[LoraModule, ...]
-    replacements: tuple[Replacement, ...]
-    twins: tuple[str, ...]
+    modules: tuple[AdapterModule, ...]
+    replacements: tuple[Replacement, ...] = ()
+    rows: tuple[RowReplacement, ...] = ()
+    shared: dict[str, StoredTensor] = field(default_factory=dict)
+    """Tensors that the modules share."""
+    twins: tuple[str, ...] = ()
     """Keys that repeat another one (`original_module`, `modules_to_save`)."""
     keys: tuple[str, ...] = field(repr=False, default=())
     """Every key of the file."""
 
 
-def open_adapter(folder: Path) -> Adapter:
+def open_adapter(folder: Path, choices: Choices | None = None) -> Adapter:
     """Open an adapter.
+
+    Args:
+        folder: The adapter's folder.
+        choices: What the user says of it.
 
     Raises:
         AdapterError: The adapter is damaged, or of a kind that cannot be merged.
@@ -78,33 +76,14 @@ def open_adapter(folder: Path) -> Adapter:
     """
     if not folder.is_dir():
         raise AdapterError("adapter is not a folder", where=folder)
-    config = read_adapter_config(folder)
+    config = read_adapter_config(folder, choices)
     tensors = _read_tensors(folder)
     if not tensors:
         raise AdapterError("adapter holds no tensor", where=folder)
-    factors: dict[str, dict[Role, StoredTensor]] = {}
-    whole: dict[str, Replacement] = {}
-    saved_twins: dict[str, StoredTensor] = {}
-    twins = []
+    sorter = _Sorter(config)
     for tensor in tensors:
-        key = parse_key(tensor.name)
-        if key.role in {Role.REPLACEMENT, Role.BASE_COPY}:
-            _add(whole, key.path, Replacement(key.path, tensor, key.role is Role.BASE_COPY), tensor)
-        elif key.role is Role.SAVED_TWIN:
-            _add(saved_twins, key.path, tensor, tensor)
-        elif key.role is Role.ORIGINAL_TWIN:
-            twins.append(tensor.name)
-        else:
-            _add(factors.setdefault(key.module, {}), key.role, tensor, tensor)
-    for path, tensor in saved_twins.items():
-        # a resized vocabulary is saved twice; a file with the trained copy alone is just as good
-        if path in whole:
-            twins.append(tensor.name)
-        else:
-            whole[path] = Replacement(path, tensor, is_base_copy=False)
-    modules = tuple(_build_module(name, found, config) for name, found in factors.items())
-    keys = tuple(tensor.name for tensor in tensors)
-    return Adapter(folder, config, modules, tuple(whole.values()), tuple(twins), keys)
+        sorter.add(tensor)
+    return sorter.adapter(folder, tuple(tensor.name for tensor in tensors))
 
 
 def _read_tensors(folder: Path) -> list[StoredTensor]:
@@ -121,6 +100,89 @@ def _read_tensors(folder: Path) -> list[StoredTensor]:
     )
 
 
+class _Sorter:
+    """Sorts the tensors of a file by what they are for."""
+
+    def __init__(self, config: AdapterConfig) -> None:
+        self._config = config
+        self._factors: dict[tuple[str, int, bool], dict[str, StoredTensor]] = {}
+        self._shared: dict[str, StoredTensor] = {}
+        self._whole: dict[str, Replacement] = {}
+        self._rows: dict[str, StoredTensor] = {}
+        self._saved_twins: dict[str, StoredTensor] = {}
+        self._twins: list[str] = []
+
+    def add(self, tensor: StoredTensor) -> None:
+        """Put a tensor where it belongs."""
+        key = parse_key(tensor.name, self._config.tuner)
+        if key.role is Role.FACTOR:
+            place = (key.module, key.depth, key.is_inner)
+            _add(self._factors.setdefault(place, {}), key.name, tensor, tensor)
+        elif key.role is Role.SHARED:
+            _add(self._shared, key.name, tensor, tensor)
+        elif key.role is Role.TRAINED_ROWS:
+            _add(self._rows, key.module, tensor, tensor)
+        elif key.role is Role.SAVED_TWIN:
+            _add(self._saved_twins, key.path, tensor, tensor)
+        elif key.role is Role.ORIGINAL_TWIN:
+            self._twins.append(tensor.name)
+        else:
+            is_copy = key.role is Role.BASE_COPY
+            _add(self._whole, key.path, Replacement(key.path, tensor, is_copy), tensor)
+
+    def adapter(self, folder: Path, keys: tuple[str, ...]) -> Adapter:
+        """Return what has come together."""
+        for path, tensor in self._saved_twins.items():
+            # a resized vocabulary is saved twice; a file with the trained copy alone is just as
+            # good
+            if path in self._whole:
+                self._twins.append(tensor.name)
+            else:
+                self._whole[path] = Replacement(path, tensor, is_base_copy=False)
+        tuner, modules = self._config.tuner, []
+        for (name, depth, is_inner), found in self._factors.items():
+            for tensor in found.values():
+                _check_dtype(tensor)
+            where = f"module '{name}' of {folder}"
+            module = AdapterModule(name, found, where, depth, is_inner)
+            tuner.check(module, self._config.settings)
+            modules.append(module)
+        for tensor in self._shared.values():
+            _check_dtype(tensor)
+        return Adapter(
+            folder,
+            self._config,
+            tuple(modules),
+            tuple(self._whole.values()),
+            tuple(self._row_replacement(name, tensor) for name, tensor in self._rows.items()),
+            self._shared,
+            tuple(self._twins),
+            keys,
+        )
+
+    def _row_replacement(self, module: str, tensor: StoredTensor) -> RowReplacement:
+        rows = self._config.token_rows
+        indices = None
+        if rows is not None:
+            named = [name for name in rows.indices if name and f".{module}".endswith(f".{name}")]
+            # a tied head is stored too, with the indices of the embedding
+            only = next(iter(rows.indices.values())) if len(rows.indices) == 1 else None
+            indices = rows.indices[max(named, key=len)] if named else only
+        if indices is None or tensor.shape[:1] != (len(indices),) or len(tensor.shape) != 2:
+            raise AdapterError(
+                "token rows and the indices in adapter_config.json disagree",
+                where=f"key '{tensor.name}' of {tensor.path}",
+                expected="none" if indices is None else f"{len(indices)} rows",
+                got=tensor.shape,
+            )
+        if len(set(indices)) != len(indices):
+            raise AdapterError(
+                "token indices name a row twice", where=self._config.path, got=list(indices)[:20]
+            )
+        _check_dtype(tensor, may_be_whole=False)
+        return RowReplacement(module, tensor, indices)
+
+
 def _add(into: dict[_K, _V], key: _K, value: _V, tensor: StoredTensor) -> None:
     if key in into:
         raise AdapterError(
@@ -131,66 +193,10 @@ def _add(into: dict[_K, _V], key: _K, value: _V, tensor: StoredTensor) -> None:
     into[key] = value
 
 
-def _build_module(name: str, found: dict[Role, StoredTensor], config: AdapterConfig) -> LoraModule:
-    where = f"module '{name}' of {config.path.parent}"
-    is_embedding = Role.EMBEDDING_A in found or Role.EMBEDDING_B in found
-    if is_embedding and not found.keys().isdisjoint({Role.LORA_A, Role.LORA_B}):
-        raise AdapterError("module has the factors of an embedding and of a layer", where=where)
-    wanted = (Role.EMBEDDING_A, Role.EMBEDDING_B) if is_embedding else (Role.LORA_A, Role.LORA_B)
-    missing = [role.value for role in wanted if role not in found]
-    if missing:
-        raise AdapterError(f"module has no {' and no '.join(missing)}", where=where)
-    a, b = found[wanted[0]], found[wanted[1]]
-    _check_factors(a, b, where=where, rank=config.rank_of(name))
-    magnitude, b_bias = found.get(Role.MAGNITUDE), found.get(Role.LORA_B_BIAS)
-    if config.use_dora != (magnitude is not None):
-        raise AdapterError(
-            "adapter's use_dora and its tensors disagree",
-            where=where,
-            expected=f"{'a' if config.use_dora else 'no'} lora_magnitude_vector",
-        )
-    for vector in (magnitude, b_bias):
-        if vector is not None:
-            _check_dtype(vector)
-        if vector is not None and vector.shape != (b.shape[0],):
-            raise AdapterError(
-                "vector does not fit lora_B",
-                where=f"key '{vector.name}' of {vector.path}",
-                expected=(b.shape[0],),
-                got=vector.shape,
-            )
-    return LoraModule(name, a, b, config.scaling_of(name), is_embedding, magnitude, b_bias)
-
-
-def _check_factors(a: StoredTensor, b: StoredTensor, *, where: str, rank: int) -> None:
-    for tensor in (a, b):
-        if 0 in tensor.shape or len(tensor.shape) == 1:
-            raise AdapterError(
-                "adapter tensor is empty or flat: ZeRO-3 or FSDP shards were not gathered",
-                where=f"key '{tensor.name}' of {tensor.path}",
-                got=f"shape {tensor.shape}",
-                hint="consolidate the training checkpoint (zero_to_fp32), save the adapter again",
-            )
-        _check_dtype(tensor)
-    if len(a.shape) != 2 or len(b.shape) != 2:
-        raise AdapterError(
-            "adapter is on a convolution, which is not merged by this version",
-            where=where,
-            got=f"lora_A {a.shape}, lora_B {b.shape}",
-            hint="merge it with PEFT",
-        )
-    if a.shape[0] != b.shape[1] or a.shape[0] != rank:
-        raise AdapterError(
-            "rank of the tensors and of adapter_config.json disagree",
-            where=where,
-            expected=f"r = {rank}",
-            got=f"lora_A {a.shape}, lora_B {b.shape}",
-            hint="adapter_config.json belongs to another adapter?",
-        )
-
-
-def _check_dtype(tensor: StoredTensor) -> None:
-    if not tensor.dtype.is_mergeable:
+def _check_dtype(tensor: StoredTensor, *, may_be_whole: bool = True) -> None:
+    # some kinds of adapters store positions; which of their tensors, they check themselves
+    is_whole = tensor.dtype.kind in {"int", "bool"}
+    if not tensor.dtype.is_mergeable and not (is_whole and may_be_whole):
         raise AdapterError(
             "adapter tensor has a dtype that cannot be merged",
             where=f"key '{tensor.name}' of {tensor.path}",

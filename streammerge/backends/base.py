@@ -6,14 +6,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from streammerge.checkpoint.header import StoredTensor
     from streammerge.plan.ops import TensorPlan
 
-__all__ = ["Backend", "TargetFactors", "Tile"]
+__all__ = ["Backend", "SourceReader", "TargetFactors", "Tile"]
+
+
+class SourceReader(Protocol):
+    """Reads a range of a target's source."""
+
+    def __call__(self, offset: int, buffer: memoryview, /) -> None:
+        """Fill a buffer with the bytes from `offset` of the tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Rows `[begin, end)` of one target; a 0-d or 1-d tensor counts as a single column."""
+    """Rows `[begin, end)` of one target, as its plan counts rows."""
 
     target: TensorPlan
     begin: int
@@ -35,12 +45,18 @@ class Backend(Protocol):
 
     name: str
 
-    def load_factors(self, target: TensorPlan, raw: list[bytearray]) -> TargetFactors:
-        """Convert a target's factors to the compute dtype.
+    def load_factors(
+        self,
+        target: TensorPlan,
+        raw: Mapping[StoredTensor, bytearray],
+        read_source: SourceReader | None = None,
+    ) -> TargetFactors:
+        """Convert a target's factors to the compute dtype, and look at its weight if they need it.
 
         Args:
             target: The target.
-            raw: Bytes of each factor, in the order of the target's terms.
+            raw: Bytes of each factor.
+            read_source: Reads bytes of the target's source, for terms that look at all of it.
         """
 
     def apply(self, tile: Tile, factors: TargetFactors) -> bool:

@@ -9,9 +9,13 @@ base, else F32):
 `addmm` would fuse the scaling and round otherwise. The product of a tile equals the rows of the
 whole product to the bit if the tile has four rows or more; a shorter tail joins the tile before it.
 For a weight stored (K, N) the tile is a range of A's columns and the product is added transposed,
-because the product of the transposed factors rounds otherwise in short tiles.
+because the product of the transposed factors rounds otherwise in short tiles. A term on a region
+(one expert of a fused tensor) does the same to the part of the region that is in the tile.
 
 DoRA, with m (N,): V = W + delta; W = (m / ||V||_2 per row) * V, rounded once (peft, lora/dora.py).
+On a weight stored (K, N) the norms are those of columns, which are measured before the first tile:
+torch adds the squares of a column one after the other in P, so the pieces of it can be added up in
+the order of the file with the same roundings.
 
 Above rank 512 BLAS splits the sum over R by the shape of the product, so PEFT's own bits depend on
 the number of threads there; the result is within the rounding of the F32 product.
@@ -19,42 +23,42 @@ the number of threads there; the result is within the rounding of the F32 produc
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
+from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from streammerge.backends.base import TargetFactors
+from streammerge.backends.torch_factors import (
+    LoraFactors,
+    WholeWeight,
+    column_norms,
+    load_term_factors,
+    torch_dtype,
+)
 from streammerge.config.tuning import ComputeTuning
 from streammerge.dtypes import Dtype
-from streammerge.plan.ops import ApplyTerms, BiasTerm, LoraTerm, rank_of
+from streammerge.plan.ops import ApplyTerms, BiasTerm, LoraTerm, TunerTerm, rank_of
 from streammerge.plan.tiles import MIN_TILE_ROWS, split_rows
 
 if TYPE_CHECKING:
-    from streammerge.backends.base import Tile
+    from collections.abc import Iterator, Mapping
+
+    from streammerge.backends.base import SourceReader, Tile
+    from streammerge.checkpoint.header import StoredTensor
     from streammerge.plan.ops import Numerics, TensorPlan
 
 __all__ = ["TorchCpuBackend", "torch_dtype"]
 
-_TORCH = {
-    Dtype.BOOL: torch.bool, Dtype.U8: torch.uint8, Dtype.I8: torch.int8, Dtype.I16: torch.int16,
-    Dtype.I32: torch.int32, Dtype.I64: torch.int64, Dtype.F16: torch.float16,
-    Dtype.BF16: torch.bfloat16, Dtype.F32: torch.float32, Dtype.F64: torch.float64,
-}  # fmt: skip
 
-
-def torch_dtype(dtype: Dtype) -> torch.dtype:
-    """Return the torch dtype of a stored dtype that arithmetic can be done on."""
-    return _TORCH[dtype]
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Factors(TargetFactors):
-    tensors: tuple[tuple[torch.Tensor, ...], ...]
-    """Per term: (A, B), (A, B, magnitude), or (bias,), in the compute dtype."""
+    states: list[Any]
+    """What each term needs: `LoraFactors`, a list with a bias, or what a tuner prepared."""
 
 
 class TorchCpuBackend:
@@ -86,39 +90,91 @@ class TorchCpuBackend:
         self._tuning = tuning or ComputeTuning()
         self._scratch_bytes = scratch_bytes
         self._local = threading.local()
+        self._has_all_threads = threading.Lock()
 
     def close(self) -> None:
         """Give torch the threads back that it had before."""
         torch.set_num_threads(self._threads_before)
 
-    def load_factors(self, target: TensorPlan, raw: list[bytearray]) -> _Factors:
-        """Convert a target's factors to the compute dtype."""
+    def load_factors(
+        self,
+        target: TensorPlan,
+        raw: Mapping[StoredTensor, bytearray],
+        read_source: SourceReader | None = None,
+    ) -> _Factors:
+        """Convert factors to the compute dtype, and look at the weight for those that need it."""
+        self._work_alone()
         compute = self._compute_dtype(target)
-        parts = iter(raw)
-        tensors = []
+        factors = _Factors([])
         for term in target.terms:
-            found = []
-            for factor in term.factors:
-                stored = torch.frombuffer(next(parts), dtype=_TORCH[factor.dtype])
-                found.append(stored.view(factor.shape).to(compute))
-            tensors.append(tuple(found))
-        return _Factors(tuple(tensors))
+            state = load_term_factors(term, raw, compute)
+            if isinstance(term, TunerTerm):
+                with self._threads_for(term):
+                    state = term.prepare(state, self._weight(target, factors, read_source))
+            elif isinstance(term, LoraTerm) and term.needs_scan:
+                norms = column_norms(
+                    self._weight(target, factors, read_source),
+                    functools.partial(self._delta, term, state, compute=compute),
+                )
+                state.column_scale = state.magnitude / norms
+            factors.states.append(state)
+        return factors
+
+    def _work_alone(self) -> None:
+        """Let this thread multiply alone: MKL's number of threads is each thread's own.
+
+        A new thread has MKL's default until torch first divides some work in it, and the first
+        product may come before that.
+        """
+        if not getattr(self._local, "is_alone", False):
+            torch.set_num_threads(1)
+            self._local.is_alone = True
+
+    def _weight(
+        self, target: TensorPlan, before: _Factors, read_source: SourceReader | None
+    ) -> WholeWeight:
+        """Give a view of the weight as the next term finds it."""
+        assert read_source is not None, "a term has to look at its weight"
+        compute = self._compute_dtype(target)
+        states = _Factors(list(before.states))
+        return WholeWeight(
+            target,
+            read_source,
+            compute_dtype=compute,
+            is_rounded=self._numerics == "peft",
+            piece_bytes=self._product_bytes(target),
+            apply_before=lambda work, at: self._add_terms(target, work, at, states, compute),
+        )
+
+    @contextmanager
+    def _threads_for(self, term: TunerTerm) -> Iterator[None]:
+        """Give a term torch's threads back while it needs them for PEFT's bits."""
+        if not term.depends_on_threads or self._threads_before == 1:
+            yield
+            return
+        with self._has_all_threads:
+            torch.set_num_threads(self._threads_before)
+            try:
+                yield
+            finally:
+                torch.set_num_threads(1)
 
     def apply(self, tile: Tile, factors: TargetFactors) -> bool:
         """Merge one tile in place; return whether all of its results are finite."""
         assert isinstance(factors, _Factors)
+        self._work_alone()
         target = tile.target
         assert isinstance(target.op, ApplyTerms)
-        rows, columns = tile.end - tile.begin, prod(target.shape[1:])
+        rows, columns = tile.end - tile.begin, target.columns
         source = torch.frombuffer(
-            tile.buffer, dtype=_TORCH[target.source.dtype], count=rows * columns,
+            tile.buffer, dtype=torch_dtype(target.source.dtype), count=rows * columns,
             offset=tile.source_offset,
         ).view(rows, columns)  # fmt: skip
         output = torch.frombuffer(
-            tile.buffer, dtype=_TORCH[target.dtype], count=rows * columns,
+            tile.buffer, dtype=torch_dtype(target.dtype), count=rows * columns,
             offset=tile.output_offset,
         ).view(rows, columns)  # fmt: skip
-        work_dtype, compute = _TORCH[target.op.work_dtype], self._compute_dtype(target)
+        work_dtype, compute = torch_dtype(target.op.work_dtype), self._compute_dtype(target)
         is_finite = True
         for begin, end in self._steps(target, rows, columns, compute):
             work = source[begin:end]
@@ -167,34 +223,110 @@ class TorchCpuBackend:
         wide = work
         if work.dtype != compute:
             wide = self._take("wide", compute, work.shape).copy_(work)
-        rounds_each = self._numerics == "peft" and work.dtype != compute
-        for number, (term, tensors) in enumerate(zip(target.terms, factors.tensors, strict=True)):
-            if number and rounds_each:
+        rounds = self._numerics == "peft" and work.dtype != compute
+        # a term's result is rounded before the next one, and the last one's by the caller
+        is_rounded = True
+        for term, state in zip(target.terms, factors.states, strict=False):
+            if isinstance(term, LoraTerm) and term.region is not None:
+                self._add_to_region(term, state, wide, at, work.dtype if rounds else None)
+                is_rounded = False
+                continue
+            if rounds and not is_rounded:
                 wide.copy_(work.copy_(wide))
-            if isinstance(term, BiasTerm):
+            is_rounded = False
+            if isinstance(term, TunerTerm):
+                self._apply_tuner(term, state, work if rounds else wide, wide, at)
+            elif isinstance(term, BiasTerm):
                 # a bias is one column: its rows are those of the vector
-                wide.add_((tensors[0][at : at + len(work)] * term.scaling).view(work.shape))
-                continue
-            delta = self._delta(term, tensors, at, wide.shape, compute)
-            if term.magnitude is not None:
-                _scale_rows(wide, delta, tensors[2][at : at + len(work)])
-                continue
-            if term.rounds_delta and rounds_each:
-                delta.copy_(self._take("cast", work.dtype, delta.shape).copy_(delta))
-            wide.add_(delta)
+                wide.add_((state[0][at : at + len(work)] * term.scaling).view(work.shape))
+            else:
+                self._add_lora(term, state, wide, at, work.dtype if rounds else None)
         return wide
+
+    @staticmethod
+    def _apply_tuner(
+        term: TunerTerm, state: Any, rows: torch.Tensor, wide: torch.Tensor, at: int
+    ) -> None:
+        """Let a tuner's own arithmetic change the rows, in the dtype in which PEFT has them."""
+        if rows is not wide:
+            rows.copy_(wide)
+        result = term.apply(rows, at, state)
+        if result is not wide:
+            wide.copy_(result)
+
+    def _add_lora(
+        self,
+        term: LoraTerm,
+        factors: LoraFactors,
+        wide: torch.Tensor,
+        at: int,
+        rounded: torch.dtype | None,
+    ) -> None:
+        """Add a delta to whole rows, or give DoRA's norms to what it makes of them.
+
+        Args:
+            term: The term.
+            factors: Its factors.
+            wide: (n, K) in the compute dtype; changed in place.
+            at: Number of its first row.
+            rounded: The dtype to which PEFT rounds, if that is not the compute dtype.
+        """
+        delta = self._delta(term, factors, at, wide.shape, wide.dtype)
+        if factors.column_scale is not None:
+            wide.add_(delta).mul_(factors.column_scale)
+            return
+        if factors.magnitude is not None:
+            _scale_rows(wide, delta, factors.magnitude[at : at + len(wide)])
+            return
+        self._add_delta(wide, delta, rounded if term.rounds_delta else None)
+
+    def _add_delta(
+        self, wide: torch.Tensor, delta: torch.Tensor, rounded: torch.dtype | None
+    ) -> None:
+        if rounded is not None:
+            delta.copy_(self._take("cast", rounded, delta.shape).copy_(delta))
+        wide.add_(delta)
+
+    def _add_to_region(
+        self,
+        term: LoraTerm,
+        factors: LoraFactors,
+        wide: torch.Tensor,
+        at: int,
+        rounded: torch.dtype | None,
+    ) -> None:
+        """Add a delta to those rows of its region that are here."""
+        assert term.region is not None
+        rows, columns = term.region.rows, term.region.columns
+        begin, end = max(rows.start, at), min(rows.stop, at + len(wide))
+        if begin >= end:
+            return
+        part = wide[begin - at : end - at, columns.start : columns.stop : columns.step]
+        # a product of fewer rows rounds otherwise: take some that are not here along
+        first = min(begin, max(rows.start, end - MIN_TILE_ROWS))
+        last = max(end, min(rows.stop, first + MIN_TILE_ROWS))
+        shape = torch.Size((last - first, part.shape[1]))
+        delta = self._delta(term, factors, first - rows.start, shape, wide.dtype)
+        if rounded is not None:
+            # what an adapter before this one left
+            part.copy_(part.to(rounded))
+        rounded = rounded if term.rounds_delta else None
+        self._add_delta(part, delta[begin - first : end - first], rounded)
 
     def _delta(
         self,
         term: LoraTerm,
-        tensors: tuple[torch.Tensor, ...],
+        factors: LoraFactors,
         at: int,
         shape: torch.Size,
         compute: torch.dtype,
     ) -> torch.Tensor:
-        """`scaling * B @ A` for rows `at, ...`, in scratch."""
-        a, b, rows = tensors[0], tensors[1], shape[0]
-        if term.is_transposed:
+        """`scaling * B @ A` for rows `at, ...` of what it is added to, in scratch."""
+        a, b, rows = factors.a, factors.b, shape[0]
+        if term.is_transposed and len(b) < MIN_TILE_ROWS:
+            # a part of so narrow a product rounds otherwise than the whole
+            product = torch.mm(b, a)[:, at : at + rows]
+        elif term.is_transposed:
             product = self._take("delta", compute, torch.Size((shape[1], rows)))
             torch.mm(b, a[:, at : at + rows], out=product)
         else:
@@ -208,11 +340,14 @@ class TorchCpuBackend:
         self, target: TensorPlan, rows: int, columns: int, compute: torch.dtype
     ) -> list[tuple[int, int]]:
         """Divide a tile so that a product fits the scratch and no step is too short."""
-        wanted = self._tuning.scratch_for(rank_of(target))
-        nbytes = min(wanted, self._scratch_bytes) if self._scratch_bytes else wanted
-        fitting = nbytes // max(1, columns * compute.itemsize)
+        fitting = self._product_bytes(target) // max(1, columns * compute.itemsize)
         step = max(MIN_TILE_ROWS, fitting - MIN_TILE_ROWS + 1)
         return split_rows(0, rows, step)
+
+    def _product_bytes(self, target: TensorPlan) -> int:
+        """Return the most bytes of one product."""
+        wanted = self._tuning.scratch_for(rank_of(target))
+        return min(wanted, self._scratch_bytes) if self._scratch_bytes else wanted
 
     def _take(self, use: str, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
         """Return a piece of this thread's scratch; it holds what its last user left."""

@@ -137,41 +137,82 @@ def show_plan(plan: MergePlan) -> None:
 def show_inspection(found: dict[str, Any]) -> None:
     """Print what a folder holds."""
     if found["kind"] == "adapter":
+        _show_adapter(found)
+        return
+    dtypes = ", ".join(f"{name} {_size(size)}" for name, size in found["bytes_by_dtype"].items())
+    _print_rows(
+        [
+            ("checkpoint", found["path"]),
+            ("format", found["format"]),
+            ("model type", found["model_type"] or "not named"),
+            ("quantization", found["quantization"] or "none"),
+            ("tensors", f"{len(found['tensors'])}, {_size(found['bytes'])} ({dtypes})"),
+            ("shards", str(len(found["shards"]))),
+        ]
+    )
+    _print_table(
+        ("tensor", "dtype", "shape", "size"),
+        [(t["name"], t["dtype"], _shape(t["shape"]), _size(t["bytes"])) for t in found["tensors"]],
+    )
+
+
+def _show_adapter(found: dict[str, Any]) -> None:
+    """Print what an adapter is and what it changes, or why it cannot be merged."""
+    if not found["is_mergeable"]:
         _print_rows(
             [
                 ("adapter", found["path"]),
-                ("base model", found["base_model"] or "not named"),
-                ("PEFT", found["peft_version"] or "before 0.18"),
-                ("tensors", f"{found['tensors_total']} in {len(found['modules'])} modules"),
-                ("rank", ", ".join(map(str, found["ranks"])) or "none"),
-                ("scaling", ", ".join(f"{value:g}" for value in found["scalings"]) or "none"),
-                ("variants", _variants(found)),
+                ("kind", found["peft_type"]),
+                ("merge", f"not possible: {found['reason']}"),
             ]
         )
-        columns: tuple[str, ...] = ("module", "rank", "scaling", "delta", "dtype")
-        lines: list[tuple[object, ...]] = [
-            (m["name"], m["rank"], f"{m['scaling']:g}", _shape(m["shape"]), m["dtype"])
+        return
+    rows = [
+        ("adapter", found["path"]),
+        ("kind", ", ".join([found["peft_type"], *found["variants"]])),
+        ("merge", found["formula"]),
+        ("base model", found["base_model"] or "not named"),
+        ("PEFT", found["peft_version"] or "before 0.18"),
+        ("tensors", f"{found['tensors_total']} in {len(found['modules'])} modules"),
+        ("rank", ", ".join(map(str, found["ranks"])) or "none"),
+        ("scaling", ", ".join(f"{value:g}" for value in found["scalings"]) or "none"),
+        ("whole tensors", str(len(found["replacements"])) if found["replacements"] else "none"),
+    ]
+    if found["target_parameters"]:
+        rows.append(("parameters", ", ".join(found["target_parameters"])))
+    if found["layer_replication"]:
+        ranges = ", ".join(f"{begin} to {end - 1}" for begin, end in found["layer_replication"])
+        rows.append(("layers", f"those of the base numbered {ranges}"))
+    rows += [
+        ("token rows", f"{len(rows['tokens'])} of {rows['name']}") for rows in found["token_rows"]
+    ]
+    _print_rows(rows)
+    _print_table(
+        ("module", "rank", "scaling", "delta", "dtype", "else"),
+        [
+            (
+                m["name"],
+                m.get("rank", "-"),
+                f"{m['scaling']:g}" if "scaling" in m else "-",
+                _shape(m["shape"]) if "shape" in m else "-",
+                m.get("dtype", "-"),
+                _rest(m),
+            )
             for m in found["modules"]
-        ] + [(r["name"], "-", "-", _shape(r["shape"]), r["dtype"]) for r in found["replacements"]]
-    else:
-        dtypes = ", ".join(
-            f"{name} {_size(size)}" for name, size in found["bytes_by_dtype"].items()
-        )
-        _print_rows(
-            [
-                ("checkpoint", found["path"]),
-                ("format", found["format"]),
-                ("model type", found["model_type"] or "not named"),
-                ("quantization", found["quantization"] or "none"),
-                ("tensors", f"{len(found['tensors'])}, {_size(found['bytes'])} ({dtypes})"),
-                ("shards", str(len(found["shards"]))),
-            ]
-        )
-        columns = ("tensor", "dtype", "shape", "size")
-        lines = [
-            (t["name"], t["dtype"], _shape(t["shape"]), _size(t["bytes"])) for t in found["tensors"]
         ]
-    _print_table(columns, lines)
+        + [
+            (r["name"], "-", "-", _shape(r["shape"]), r["dtype"], "whole")
+            for r in found["replacements"]
+        ],
+    )
+
+
+def _rest(module: dict[str, Any]) -> str:
+    """Return what only this kind of adapter says of a module."""
+    shown = {"name", "rank", "scaling", "shape", "dtype"}
+    return ", ".join(
+        f"{key.replace('_', ' ')} {value}" for key, value in module.items() if key not in shown
+    )
 
 
 def show_profile(profile: MachineProfile, *, path: Path | None) -> None:
@@ -233,13 +274,6 @@ def show_bench(report: BenchReport) -> None:
 
 def _mark(found: dict[str, Any]) -> str:
     return "*" if found["is_chosen"] else ""
-
-
-def _variants(found: dict[str, Any]) -> str:
-    names = [name for name in ("rslora", "dora") if found[f"use_{name}"]]
-    if found["replacements"]:
-        names.append(f"{len(found['replacements'])} whole tensors")
-    return ", ".join(names) or "none"
 
 
 def _shards(report: ExportReport) -> str:

@@ -103,8 +103,24 @@ class ExportConfig(BaseModel):
     """Ceiling on the resident memory of the whole process."""
     numerics: Literal["peft", "fp32"] = "peft"
     """`peft`: the bits of PEFT's merge_and_unload on a CPU. `fp32`: one rounding per tensor."""
+    peft_bugs: Literal["fix", "reproduce"] = "fix"
+    """`reproduce`: merge as PEFT does even where it is known to be wrong (docs/numerics.md)."""
+    base_is_residual: bool = False
+    """The base is the residual that PiSSA, OLoRA and the like trained on, not the original."""
+    moe_b_layout: Literal["peft", "unsloth"] = "peft"
+    """How adapters on fused experts divide the columns of B; Unsloth's files look like PEFT's."""
     adapter_weights: Annotated[tuple[float, ...], BeforeValidator(_weights)] = ()
     """One factor per adapter: merge their weighted sum instead of one after the other."""
+    adapter_combination: (
+        Literal["linear", "cat", "ties", "dare_ties", "dare_linear", "magnitude_prune"] | None
+    ) = None
+    """Combine LoRA factors as PEFT's `add_weighted_adapter` does; weights are 1 by default."""
+    adapter_density: Annotated[float | None, Field(ge=0, le=1, strict=False)] = None
+    """Share of the entries of each factor that ties, dare_* and magnitude_prune keep."""
+    adapter_majority_sign: Literal["total", "frequency"] = "total"
+    """What elects the sign in ties and dare_ties: the sum of the entries, or their count."""
+    adapter_seed: int = 0
+    """Of what dare_* draws."""
     overwrite: bool = False
     """Replace a non-empty `export_dir`."""
     threads: Annotated[int, Field(gt=0, le=1024)] = Field(
@@ -140,10 +156,10 @@ def _forbidden(config: ExportConfig) -> list[str]:
     """Say which combinations of keys make no sense together."""
     faults = []
     adapters = config.adapter_name_or_path
-    if adapters and config.finetuning_type != "lora":
+    if adapters and config.finetuning_type not in {"lora", "oft"}:
         faults.append(
-            f"adapter_name_or_path needs finetuning_type: lora, not {config.finetuning_type}; "
-            "leave the adapter out to export a fully fine-tuned model"
+            "adapter_name_or_path needs finetuning_type: lora or oft, not "
+            f"{config.finetuning_type}; leave the adapter out to export a fully fine-tuned model"
         )
     if config.quantization_bit is not None:
         if adapters:
@@ -161,6 +177,13 @@ def _forbidden(config: ExportConfig) -> list[str]:
             f"adapter_weights has {len(config.adapter_weights)} numbers for "
             f"{len(adapters)} adapters"
         )
+    prunes = config.adapter_combination not in {None, "linear", "cat"}
+    if prunes and not config.adapter_density:
+        faults.append(
+            f"adapter_combination: {config.adapter_combination} needs adapter_density, above 0"
+        )
+    if not prunes and config.adapter_density is not None:
+        faults.append("adapter_density needs adapter_combination: ties, dare_* or magnitude_prune")
     if config.infer_dtype != "auto" and config.export_size == "keep":
         faults.append(
             "export_size: keep cannot be used with infer_dtype: the tensors change their size"

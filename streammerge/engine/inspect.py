@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge.adapters.adapter import open_adapter
 from streammerge.checkpoint.index import open_checkpoint
+from streammerge.checkpoint.jsonfile import read_json_object
+from streammerge.errors import AdapterError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,30 +55,46 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _adapter(path: Path) -> dict[str, Any]:
-    """Summarise an adapter."""
-    adapter = open_adapter(path)
-    config = adapter.config
+    """Summarise an adapter, or say why it cannot be merged."""
+    try:
+        adapter = open_adapter(path)
+    except AdapterError as error:
+        kind = read_json_object(path / "adapter_config.json", error=AdapterError).get("peft_type")
+        if not isinstance(kind, str):
+            # not an adapter at all
+            raise
+        return {
+            "kind": "adapter",
+            "path": str(path),
+            "peft_type": kind,
+            "is_mergeable": False,
+            "reason": str(error),
+        }
+    config, tuner = adapter.config, adapter.config.tuner
+    modules = [
+        {"name": module.module, **tuner.describe(module, config.settings)}
+        for module in adapter.modules
+    ]
     return {
         "kind": "adapter",
         "path": str(path),
         "base_model": config.base_model,
         "peft_version": config.peft_version,
         "task_type": config.task_type,
-        "use_rslora": config.use_rslora,
-        "use_dora": config.use_dora,
-        "ranks": sorted({module.rank for module in adapter.modules}),
-        "scalings": sorted({module.scaling for module in adapter.modules}),
+        "peft_type": tuner.peft_type,
+        "is_mergeable": True,
+        "formula": tuner.formula,
+        "variants": list(tuner.variants(config.settings)),
+        "ranks": sorted({m["rank"] for m in modules if "rank" in m}),
+        "scalings": sorted({m["scaling"] for m in modules if "scaling" in m}),
+        "target_parameters": list(config.target_parameters),
+        "layer_replication": [list(pair) for pair in config.layer_replication],
         "tensors_total": len(adapter.keys),
-        "modules": [
-            {
-                "name": module.module,
-                "rank": module.rank,
-                "scaling": module.scaling,
-                "shape": [module.b.shape[0], module.a.shape[1]],
-                "dtype": module.a.dtype.value,
-            }
-            for module in adapter.modules
+        "modules": modules,
+        "token_rows": [
+            {"name": rows.module, "tokens": list(rows.indices)} for rows in adapter.rows
         ],
+        "shared": {name: list(tensor.shape) for name, tensor in adapter.shared.items()},
         "replacements": [
             {"name": r.path, "dtype": r.tensor.dtype.value, "shape": list(r.tensor.shape)}
             for r in adapter.replacements

@@ -98,7 +98,9 @@ class Pipeline:
         self._free: Channel[Slab] = Channel()
         self._loaded: Channel[_Job | None] = Channel()
         self._merged: InOrder[_Job] = InOrder()
-        self._factors = FactorStore(self.memory.factor_bytes)
+        self._factors = FactorStore(
+            self.memory.factor_bytes, max_shared_bytes=self.memory.shared_factor_bytes
+        )
         self._backend: Backend | None = None
         self._backend_ready = threading.Event()
         self._cutting = threading.Lock()

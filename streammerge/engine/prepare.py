@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from streammerge.adapters.adapter import open_adapter
+from streammerge.adapters.combine import Combining
+from streammerge.adapters.options import Choices
 from streammerge.backends.select import check_device
 from streammerge.checkpoint.hub import HubOptions, resolve_folder
 from streammerge.checkpoint.index import open_checkpoint
@@ -13,12 +16,10 @@ from streammerge.checkpoint.sidecars import added_tokens, find_sidecars
 from streammerge.checkpoint.torch_bin import storage_class
 from streammerge.dtypes import Dtype
 from streammerge.engine.machine import choose_io
-from streammerge.engine.renames import transformers_renames
+from streammerge.engine.renames import find_renames
 from streammerge.errors import AdapterError, ConfigError, UnsupportedError
 from streammerge.plan.build import PlanOptions, plan_tensors
-from streammerge.plan.family import find_embeddings
 from streammerge.plan.layout import Layout, lay_out
-from streammerge.plan.match import NameResolver
 from streammerge.plan.memory import plan_memory
 from streammerge.plan.merge_plan import MergePlan
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from streammerge.checkpoint.sidecars import Sidecars
     from streammerge.config import ExportConfig
     from streammerge.plan.build import TensorPlans
+    from streammerge.plan.ops import Numerics
 
 __all__ = ["prepare"]
 
@@ -52,12 +54,19 @@ def prepare(config: ExportConfig, *, local_only: bool = False) -> MergePlan:
     _check_supported(config)
     base_path, adapter_paths = _resolve(config, local_only=local_only)
     base = open_checkpoint(base_path, ignore_files=config.ignore_files)
-    adapters = [open_adapter(path) for path in adapter_paths]
-    renames, rename_note = _renames(base, adapters)
+    choices = Choices(config.base_is_residual, config.peft_bugs == "reproduce")
+    adapters = [open_adapter(path, choices) for path in adapter_paths]
+    renames, rename_note = find_renames(base, adapters)
     contents = plan_tensors(
         base,
         adapters,
-        options=PlanOptions(config.adapter_weights, _DTYPES.get(config.infer_dtype)),
+        options=PlanOptions(
+            config.adapter_weights or _unit_weights(config),
+            _DTYPES.get(config.infer_dtype),
+            moe_layout=config.moe_b_layout,
+            combining=_combining(config, adapters),
+            reproduces_bugs=choices.reproduces_bugs,
+        ),
         same_bytes=_same_bytes,
         renames=renames,
     )
@@ -85,7 +94,7 @@ def prepare(config: ExportConfig, *, local_only: bool = False) -> MergePlan:
         adapters=tuple(adapter_paths),
         output=output,
         layout=layout,
-        numerics="fp32" if config.adapter_weights else config.numerics,
+        numerics=_numerics(config),
         contents=contents,
         shards=shards,
         sidecars=sidecars,
@@ -101,6 +110,34 @@ def prepare(config: ExportConfig, *, local_only: bool = False) -> MergePlan:
             *filter(None, [rename_note]),
             *io_notes,
         ),
+    )
+
+
+def _unit_weights(config: ExportConfig) -> tuple[float, ...]:
+    return (1.0,) * len(config.adapter_name_or_path) if config.adapter_combination else ()
+
+
+def _numerics(config: ExportConfig) -> Numerics:
+    """Round once in a weighted sum, which PEFT has only by way of a combination."""
+    is_own_sum = config.adapter_weights and config.adapter_combination is None
+    return "fp32" if is_own_sum else config.numerics
+
+
+def _combining(config: ExportConfig, adapters: Sequence[Adapter]) -> Combining | None:
+    if config.adapter_combination is None or not adapters:
+        return None
+    stray = 1.0
+    settings = [adapter.config.settings for adapter in adapters]
+    if config.peft_bugs == "reproduce" and getattr(settings[0], "use_rslora", False):
+        ranks = [max((one.rank, *(one.rank_pattern or {}).values())) for one in settings]
+        stray = math.sqrt(sum(ranks) if config.adapter_combination == "cat" else ranks[0])
+    return Combining(
+        # PEFT takes a single adapter as it is
+        config.adapter_combination if len(adapters) > 1 else "linear",
+        density=1.0 if config.adapter_density is None else config.adapter_density,
+        majority_sign=config.adapter_majority_sign,
+        seed=config.adapter_seed,
+        stray_factor=stray,
     )
 
 
@@ -120,8 +157,6 @@ def _check_supported(config: ExportConfig) -> None:
             "export_quantization_bit: this version merges, and does not quantize yet",
             hint="remove the export_quantization keys to export in 16 bit, and quantize the result",
         )
-    if config.finetuning_type == "oft":
-        raise UnsupportedError("finetuning_type: oft is not exported by this version")
 
 
 def _resolve(config: ExportConfig, *, local_only: bool) -> tuple[Path, list[Path]]:
@@ -141,21 +176,6 @@ def _resolve(config: ExportConfig, *, local_only: bool) -> tuple[Path, list[Path
                 raise AdapterError("adapter_folder does not exist", where=folder)
         adapters.append(folder)
     return base, adapters
-
-
-def _renames(base: Checkpoint, adapters: Sequence[Adapter]) -> tuple[dict[str, str], str | None]:
-    """Ask for transformers' names only where an adapter's names are not found without them."""
-    resolver = NameResolver(frozenset(base.tensors))
-    paths = [f"{module.module}.weight" for adapter in adapters for module in adapter.modules]
-    paths += [r.path for adapter in adapters for r in adapter.replacements]
-    # these are not stored where they are new, or tied
-    absent = {"score.weight", "classifier.weight"}
-    embeddings = find_embeddings(base.tensors, config=base.config)
-    if embeddings.is_tied and embeddings.is_known:
-        absent.add(embeddings.output)
-    if not base.config or all(path in absent or resolver.find_direct(path) for path in paths):
-        return {}, None
-    return transformers_renames(base.path, base.tensors)
 
 
 def _same_bytes(left: StoredTensor, right: StoredTensor) -> bool:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from streammerge.adapters.terms import Factor
 from streammerge.backends.base import Tile
 from streammerge.checkpoint.header import StoredTensor
 from streammerge.config.tuning import KIB, MIB, ComputeTuning
@@ -142,7 +143,7 @@ def _apply(
     return time.perf_counter() - started
 
 
-def _target(dtype: Dtype, rank: int) -> tuple[TensorPlan, list[bytearray]]:
+def _target(dtype: Dtype, rank: int) -> tuple[TensorPlan, dict[StoredTensor, bytearray]]:
     """Return a weight that fills a tile, with an adapter of that rank, and its factors' bytes."""
     nowhere = Path("tune")
     rows = _TILE_BYTES // dtype.nbytes(_COLUMNS)
@@ -152,11 +153,15 @@ def _target(dtype: Dtype, rank: int) -> tuple[TensorPlan, list[bytearray]]:
         name: StoredTensor(name, Dtype.F32, shape, nowhere, 0) for name, shape in shapes.items()
     }
     # so small that the sums stay in the range of F16, however often they grow
-    raw = [
-        bytearray((random.standard_normal(prod(shape), dtype=np.float32) * 1e-3).tobytes())
-        for shape in shapes.values()
-    ]
-    term = LoraTerm(parts["a"], parts["b"], 2.0, is_transposed=False, rounds_delta=False)
+    raw = {
+        part: bytearray(
+            (random.standard_normal(prod(part.shape), dtype=np.float32) * 1e-3).tobytes()
+        )
+        for part in parts.values()
+    }
+    term = LoraTerm(
+        Factor(parts["a"]), Factor(parts["b"]), 2.0, is_transposed=False, rounds_delta=False
+    )
     source = StoredTensor("weight", dtype, (rows, _COLUMNS), nowhere, 0)
     return TensorPlan("weight", dtype, source, ApplyTerms(dtype, (term,)), "merged"), raw
 

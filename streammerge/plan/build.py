@@ -7,26 +7,37 @@ What does not fit is an error before any write, with the nearest names.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from streammerge.adapters.combine import Combining, combine
+from streammerge.adapters.terms import LoraTerm, not_a_sum
+from streammerge.adapters.tuners.base import Shared
+from streammerge.adapters.tuners.lora_settings import LoraSettings
+from streammerge.adapters.tuners.trainable_tokens import RowsTerm
 from streammerge.errors import PlanError
 from streammerge.plan.checks import check_quantized, check_weights
 from streammerge.plan.config_edits import edit_config
-from streammerge.plan.family import find_embeddings, is_conv1d, is_declared_tied
+from streammerge.plan.family import find_embeddings, is_declared_tied
 from streammerge.plan.match import NameResolver
-from streammerge.plan.ops import ApplyTerms, BiasTerm, CopyBytes, LoraTerm, TensorPlan
-from streammerge.plan.place import place_adapter
+from streammerge.plan.numerics import as_peft_merges
+from streammerge.plan.place import BaseView, layer_of, place_adapter
+from streammerge.plan.replicate import replicate_layers, replication_edits
+from streammerge.plan.slots import Slot
 from streammerge.plan.tying import TieDecision, check_tie_is_known, decide_tie
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from streammerge.adapters.adapter import Adapter, LoraModule, Replacement
+    from streammerge.adapters.adapter import Adapter, Replacement, RowReplacement
+    from streammerge.adapters.terms import Term
+    from streammerge.adapters.tuners.base import AdapterModule
     from streammerge.checkpoint.header import StoredTensor
     from streammerge.checkpoint.index import Checkpoint
     from streammerge.dtypes import Dtype
-    from streammerge.plan.ops import Change, Term
+    from streammerge.plan.experts import MoeLayout
+    from streammerge.plan.ops import TensorPlan
+    from streammerge.plan.place import Placement
 
 __all__ = ["PlanOptions", "TensorPlans", "plan_tensors"]
 
@@ -39,6 +50,12 @@ class PlanOptions:
     """One factor per adapter; empty merges one adapter after the other."""
     output_dtype: Dtype | None = None
     """Cast every floating-point tensor to it; None keeps each tensor's own."""
+    moe_layout: MoeLayout = "peft"
+    """How adapters on fused experts divide the columns of B."""
+    combining: Combining | None = None
+    """How factors of several adapters are combined, each with its weight."""
+    reproduces_bugs: bool = False
+    """Merge as PEFT does where PEFT is known to be wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,21 +68,8 @@ class TensorPlans:
     """Rows of the resized vocabulary; None if it keeps its size."""
     adapter_tensors_used: int
     matches: dict[str, int]
-    """How many adapter paths were found which way (exact, prefix, renamed, suffix)."""
+    """How many adapter paths were found which way (exact, prefix, renamed, suffix, experts)."""
     notes: tuple[str, ...]
-
-
-@dataclass(slots=True)
-class _Slot:
-    """A tensor of the output while adapters are applied to it."""
-
-    source: StoredTensor
-    work_dtype: Dtype
-    change: Change = "copied"
-    terms: list[Term] = field(default_factory=list)
-
-    def copy(self) -> _Slot:
-        return replace(self, terms=list(self.terms))
 
 
 def plan_tensors(
@@ -89,18 +93,15 @@ def plan_tensors(
     Raises:
         PlanError: Base and adapters do not fit.
     """
-    builder = _Builder(
-        base,
-        NameResolver(frozenset(base.tensors), renames or {}),
-        same_bytes,
-        is_sum=bool(options.adapter_weights),
-    )
     check_quantized(base, adapters, output_dtype=options.output_dtype)
     check_weights(adapters, options.adapter_weights)
+    builder = _Builder(base, options, renames or {}, same_bytes)
     for number, adapter in enumerate(adapters):
+        if adapter.config.layer_replication:
+            builder.replicate(adapter, is_first=not number)
         weight = options.adapter_weights[number] if options.adapter_weights else 1.0
         builder.add_adapter(adapter, weight=weight)
-    return builder.finish(options)
+    return builder.finish()
 
 
 class _Builder:
@@ -109,88 +110,218 @@ class _Builder:
     def __init__(
         self,
         base: Checkpoint,
-        resolver: NameResolver,
+        options: PlanOptions,
+        renames: Mapping[str, str],
         same_bytes: Callable[[StoredTensor, StoredTensor], bool],
-        *,
-        is_sum: bool,
     ) -> None:
-        self._is_sum = is_sum
+        self._options = options
         self._base = base
-        self._resolver = resolver
         self._same_bytes = same_bytes
-        self._slots = {name: _Slot(t, t.dtype) for name, t in base.tensors.items()}
-        self._embeddings = find_embeddings(base.tensors, config=base.config)
+        self._slots = {name: Slot(t, t.dtype) for name, t in base.tensors.items()}
+        self._edits: dict[str, Any] = {}
+        self._combined: dict[str, list[tuple[LoraTerm, float]]] = {}
+        self._renames = renames
+        self._look_at(self._slots)
         self._heads_differ = False
         self._used: set[str] = set()
         self._used_before = 0
         self._matches: Counter[str] = Counter()
         self._notes: list[str] = []
 
+    def _look_at(self, slots: Mapping[str, Slot]) -> None:
+        """Take the slots as they stand for the base that adapters are matched against."""
+        self._view = BaseView(
+            self._base.path,
+            self._base.config,
+            frozenset(slots),
+            NameResolver(frozenset(slots), self._renames),
+            find_embeddings(slots, config=self._base.config),
+            self._options.moe_layout,
+        )
+        self._embeddings = self._view.embeddings
+
     # one adapter
+
+    def replicate(self, adapter: Adapter, *, is_first: bool) -> None:
+        """Give the base the layers that an adapter was trained with.
+
+        Raises:
+            PlanError: There is an adapter before it, whose layers have other numbers.
+        """
+        if not is_first:
+            raise PlanError(
+                "layer_replication is merged as the first adapter only",
+                where=adapter.path,
+                hint="merge it by itself, then the others onto the result",
+            )
+        ranges = adapter.config.layer_replication
+        slots = replicate_layers(self._slots, ranges, where=self._base.path)
+        self._slots = {name: slot.copy() for name, slot in slots.items()}
+        self._edits.update(replication_edits(self._base.config, ranges))
+        self._look_at(self._slots)
 
     def add_adapter(self, adapter: Adapter, *, weight: float) -> None:
         """Apply one adapter on top of what stands."""
         self._used_before += len(self._used)
         self._used = set()
-        placement = place_adapter(
-            adapter,
-            base=self._base,
-            resolver=self._resolver,
-            embeddings=self._embeddings,
-            names=self._slots.keys(),
-        )
-        placed, modules = placement.placed, placement.modules
+        placement = place_adapter(adapter, base=self._view, slots=self._slots)
         self._matches.update(placement.matches)
         check_tie_is_known(
             self._embeddings,
-            placed=placed,
-            modules=modules,
+            placed=placement.placed.keys() | placement.rows.keys(),
+            modules=placement.layers,
             tensors=self._base.tensors,
             config=self._base.config,
         )
-        tie = self._untie(adapter, placed, modules)
-        for name, replacement in placed.items():
-            self._use(replacement.tensor)
-            is_start = self._is_sum and self._is_plain_copy(name, replacement)
+        tie = self._untie(adapter, placement)
+        for name, replacement in placement.placed.items():
+            self._use([replacement.tensor])
+            is_start = self._options.adapter_weights and self._is_plain_copy(name, replacement)
             if name not in tie.placed_done and not is_start:
                 self._replace(name, replacement)
-        for name, module in modules.items():
-            if name in tie.modules_done:
-                self._use(module.a, module.b)
-            else:
-                self._add_module(adapter, name, module, weight=weight)
+        self._add_layers(adapter, placement.layers, done=tie.modules_done, weight=weight)
+        for part in placement.experts:
+            for name, term in part.terms:
+                self._add_term(name, self._as_peft_merges(adapter, part.module, name, term), weight)
+            # what no term reads is lost
+            self._use(factor for _, term in part.terms for factor in term.factors)
+        # those of the head last, where both ends are one tensor
+        for name, rows in sorted(
+            placement.rows.items(), key=lambda item: item[0] == self._embeddings.output
+        ):
+            self._use([rows.tensor])
+            if name not in tie.modules_done:
+                stored = self._stored_name(name)
+                self._slots[stored].add(self._rows_term(stored, rows))
         self._used.update(adapter.twins)
         self._check_ledger(adapter)
-        self._note_adapter(adapter, placed)
+        self._note_adapter(adapter, placement.placed)
+
+    def _add_layers(
+        self,
+        adapter: Adapter,
+        layers: Mapping[str, AdapterModule],
+        *,
+        done: frozenset[str],
+        weight: float,
+    ) -> None:
+        """Let the adapter's tuner say what it does to each layer."""
+        described = {
+            name: layer_of(
+                self._stored_name(name),
+                module,
+                slots=self._slots,
+                base=self._view,
+                fan_in_fan_out=adapter.config.fan_in_fan_out,
+            )
+            for name, module in layers.items()
+        }
+        tuner, settings = adapter.config.tuner, adapter.config.settings
+        shared = Shared(adapter.shared, tuple(described.values()))
+        for name, layer in described.items():
+            self._use(layer.module.tensors.values())
+            if name in done:
+                continue
+            taken = {tensor.name for tensor in tuner.unused(layer.module)}
+            for planned in tuner.plan(layer, settings, shared):
+                target = layer.parameters[planned.parameter].name
+                term = self._as_peft_merges(adapter, layer.module, target, planned.term)
+                self._add_term(target, term, weight)
+                taken.update(tensor.name for tensor in (*term.factors, *planned.unused))
+            # what the tuner has no use for is lost
+            for tensor in layer.module.tensors.values():
+                if tensor.name not in taken:
+                    self._used.discard(tensor.name)
+        self._use(adapter.shared.values())
+
+    def _as_peft_merges(
+        self, adapter: Adapter, module: AdapterModule, target: str, term: Term
+    ) -> Term:
+        """Let a term round where PEFT does, or err where it does if that is asked for."""
+        return as_peft_merges(
+            term,
+            module=module,
+            target=target,
+            adapter=adapter,
+            config=self._base.config,
+            reproduces_bugs=self._options.reproduces_bugs,
+        )
+
+    def _add_term(self, name: str, term: Term, weight: float) -> None:
+        """Add a term to a tensor, as one of a weighted sum if that is what is asked for."""
+        if self._options.combining is not None:
+            if not isinstance(term, LoraTerm):
+                raise not_a_sum(type(term).__name__)
+            self._combined.setdefault(name, []).append((term, weight))
+            # in its place until all of them are known
+            self._slots[name].add(term)
+            return
+        if self._options.adapter_weights and not term.is_additive:
+            raise not_a_sum("DoRA" if isinstance(term, LoraTerm) else type(term).__name__)
+        self._slots[name].add(term.scaled(weight))
+
+    def _combine(self, combining: Combining) -> None:
+        """Put one term in the place of those of all adapters."""
+        for name, terms in self._combined.items():
+            slot, every = self._slots[name], [term for term, _ in terms]
+            # a whole tensor of a later adapter may stand in their place
+            left = [(term, w) for term, w in terms if any(term is one for one in slot.terms)]
+            others = [term for term in slot.terms if not any(term is one for one in every)]
+            slot.terms = [combine(left, combining, name=name), *others] if left else others
+
+    def _rows_term(self, name: str, rows: RowReplacement) -> RowsTerm:
+        shape, highest = self._slots[name].source.shape, max(rows.indices, default=-1)
+        if len(shape) != 2 or rows.tensor.shape[1] != shape[1] or highest >= shape[0]:
+            raise PlanError(
+                "trained token rows do not fit: another base, or a vocabulary that was resized?",
+                where=f"key '{rows.tensor.name}' of {rows.tensor.path}",
+                expected=f"rows of '{name}' {shape}",
+                got=f"{rows.tensor.shape}, the highest of row {highest}",
+                hint="resize the base's vocabulary first, as it was for training",
+            )
+        return RowsTerm(rows.tensor, rows.indices)
 
     # tied embeddings
 
-    def _untie(
-        self,
-        adapter: Adapter,
-        placed: Mapping[str, Replacement],
-        modules: Mapping[str, LoraModule],
-    ) -> TieDecision:
+    def _stored_name(self, name: str) -> str:
+        """Return the tensor that holds a weight: of a tied head, that of the embedding."""
+        source = self._embeddings.input
+        return source if source is not None and name not in self._slots else name
+
+    def _untie(self, adapter: Adapter, placement: Placement) -> TieDecision:
         """Apply what an adapter makes of a tied pair, before its own tensors are applied."""
         source, head = self._embeddings.input, self._embeddings.output
+        placed, modules = placement.placed, placement.layers
         if source is None or head in self._slots or not self._embeddings.is_tied:
-            touched = placed.keys() | modules.keys()
+            touched = placed.keys() | modules.keys() | placement.rows.keys()
             self._heads_differ |= head in self._slots and not touched.isdisjoint({source, head})
             return TieDecision()
         decision = decide_tie(
             (source, head),
-            placed=placed,
-            modules=modules,
+            # PEFT adds to the one tensor whatever is for either end
+            replace(placement, layers={}, rows={}) if self._options.reproduces_bugs else placement,
             shared_rows=self._slots[source].source.shape[0],
             trains_as_one=adapter.config.ensure_weight_tying,
             same_bytes=self._same_bytes,
         )
         if decision.start is not None:
             self._replace(source, decision.start)
+        settings = adapter.config.settings
+        is_residual = isinstance(settings, LoraSettings) and settings.residual is not None
+        is_alone = head in modules and decision.start is None and source not in placed
+        if is_residual and is_alone and not self._options.reproduces_bugs:
+            raise PlanError(
+                "adapter takes its start off a head that is tied to the embedding, which would "
+                "change too",
+                where=modules[head].where,
+                hint="save the adapter with save_embedding_layers=True, which keeps what it is",
+            )
         if decision.splits:
             own = self._slots[source].copy()
             own.change = "added" if own.change == "copied" else own.change
             self._slots[head] = own
+            if source in self._combined:
+                self._combined[head] = list(self._combined[source])
             self._heads_differ = True
         return decision
 
@@ -212,136 +343,24 @@ class _Builder:
             )
         return False
 
-    # changes to one tensor
-
     def _replace(self, name: str, replacement: Replacement) -> None:
         tensor, slot = replacement.tensor, self._slots.get(name)
         if slot is None:
             dtype = self._base.main_dtype if tensor.dtype.is_mergeable else tensor.dtype
-            self._slots[name] = _Slot(tensor, dtype, "added")
+            self._slots[name] = Slot(tensor, dtype, "added")
             return
-        is_vocabulary = name in self._vocabulary_names()
-        fits = tensor.shape == slot.source.shape or (
-            is_vocabulary and tensor.shape[1:] == slot.source.shape[1:]
-        )
-        if not fits:
-            raise PlanError(
-                "shape mismatch: another base?",
-                where=f"key '{tensor.name}' of {tensor.path}",
-                expected=f"{slot.source.shape} as '{name}'",
-                got=tensor.shape,
-                hint="give the base that the adapter was trained on",
-            )
-        if not tensor.dtype.is_mergeable and tensor.dtype is not slot.work_dtype:
-            raise PlanError(
-                "adapter's tensor cannot be converted to the base's dtype",
-                where=f"key '{tensor.name}' of {tensor.path}",
-                expected=slot.work_dtype.value,
-                got=tensor.dtype.value,
-            )
         if slot.terms:
             self._notes.append(
                 f"'{name}': {tensor.path} replaces what an adapter before it changed"
             )
-        change: Change = slot.change if slot.change == "added" else "replaced"
-        self._slots[name] = _Slot(tensor, slot.work_dtype, change)
-
-    def _add_module(
-        self, adapter: Adapter, name: str, module: LoraModule, *, weight: float
-    ) -> None:
-        slot = self._slots[name]
-        is_transposed = module.is_embedding or self._is_conv1d(adapter, module)
-        self._check_shapes(adapter, name, module, is_transposed=is_transposed)
-        if module.magnitude is not None and is_transposed:
-            raise PlanError(
-                "DoRA on an embedding or a Conv1D is not merged by this version",
-                where=f"module '{module.module}' of {adapter.path}",
-                hint="merge it with PEFT",
-            )
-        slot.terms.append(
-            LoraTerm(
-                a=module.a,
-                b=module.b,
-                scaling=module.scaling * weight,
-                is_transposed=is_transposed,
-                rounds_delta=module.is_embedding,
-                magnitude=module.magnitude,
-            )
+        self._slots[name] = slot.replaced_by(
+            replacement, name=name, rows_may_differ=name in self._vocabulary_names()
         )
-        slot.change = slot.change if slot.change == "added" else "merged"
-        self._use(module.a, module.b, module.magnitude)
-        if module.b_bias is not None:
-            self._add_bias(name, module, weight=weight)
-
-    def _add_bias(self, name: str, module: LoraModule, *, weight: float) -> None:
-        vector = module.b_bias
-        assert vector is not None
-        bias = name.removesuffix("weight") + "bias"
-        slot = self._slots.get(bias)
-        if slot is None or slot.source.shape != vector.shape:
-            raise PlanError(
-                "adapter was trained with lora_bias, but the base layer has no such bias",
-                where=f"key '{vector.name}' of {vector.path}",
-                expected=f"'{bias}' of shape {vector.shape}",
-                got="none" if slot is None else slot.source.shape,
-                hint="another base?",
-            )
-        self._check_mergeable(bias, slot)
-        slot.terms.append(BiasTerm(vector, module.scaling * weight))
-        slot.change = "merged"
-        self._use(vector)
-
-    def _is_conv1d(self, adapter: Adapter, module: LoraModule) -> bool:
-        if is_conv1d(module.module, config=self._base.config):
-            return True
-        # a checkpoint without a config.json: the adapter's word is all there is
-        return adapter.config.fan_in_fan_out and not self._base.config
-
-    def _check_shapes(
-        self, adapter: Adapter, name: str, module: LoraModule, *, is_transposed: bool
-    ) -> None:
-        slot = self._slots[name]
-        self._check_mergeable(name, slot)
-        shape = (module.b.shape[0], module.a.shape[1])
-        wanted = shape[::-1] if is_transposed else shape
-        if slot.source.shape == wanted:
-            return
-        hint = (
-            f"give the base that the adapter was trained on: it names {adapter.config.base_model!r}"
-        )
-        if name in {self._embeddings.input, self._embeddings.output} and (
-            slot.source.shape[1:] == wanted[1:]
-        ):
-            hint = (
-                "the adapter was trained on a resized vocabulary but does not hold its rows: save "
-                "it with save_embedding_layers=True, or resize the base first"
-            )
-        elif len(slot.source.shape) != 2:
-            hint = "only matrices take a LoRA delta in this version"
-        raise PlanError(
-            "shape mismatch: another base?",
-            where=f"module '{module.module}' of {adapter.path}",
-            expected=f"a delta of shape {slot.source.shape} for '{name}'",
-            got=f"{wanted} from lora_A {module.a.shape} and lora_B {module.b.shape}",
-            hint=hint,
-        )
-
-    def _check_mergeable(self, name: str, slot: _Slot) -> None:
-        if not slot.work_dtype.is_mergeable:
-            raise PlanError(
-                "adapter targets a quantized tensor: a delta cannot be added to its codes",
-                where=f"'{name}' of {self._base.path}",
-                expected="F16, BF16, F32 or F64",
-                got=slot.work_dtype.value,
-                hint="give the unquantized base",
-            )
 
     # the ledger and the result
 
-    def _use(self, *tensors: StoredTensor | None) -> None:
-        for tensor in tensors:
-            if tensor is not None:
-                self._used.add(tensor.name)
+    def _use(self, tensors: Iterable[StoredTensor]) -> None:
+        self._used.update(tensor.name for tensor in tensors)
 
     def _check_ledger(self, adapter: Adapter) -> None:
         left = [key for key in adapter.keys if key not in self._used]
@@ -371,10 +390,13 @@ class _Builder:
                 "merged model has whatever head the base has"
             )
 
-    def finish(self, options: PlanOptions) -> TensorPlans:
+    def finish(self) -> TensorPlans:
         """Turn the slots into plans, and derive what config.json must say."""
+        if self._options.combining is not None:
+            self._combine(self._options.combining)
+        output_dtype = self._options.output_dtype
         tensors = tuple(
-            _finish_slot(name, slot, options.output_dtype) for name, slot in self._slots.items()
+            slot.finish(name, output_dtype=output_dtype) for name, slot in self._slots.items()
         )
         rows = self._vocabulary_rows()
         edits = edit_config(
@@ -382,11 +404,11 @@ class _Builder:
             tensors,
             vocabulary_rows=rows,
             unties=self._heads_differ and is_declared_tied(self._base.config) is not False,
-            output_dtype=options.output_dtype,
+            output_dtype=output_dtype,
         )
         return TensorPlans(
             tensors,
-            edits,
+            {**self._edits, **edits},
             rows,
             self._used_before + len(self._used),
             dict(self._matches),
@@ -423,15 +445,3 @@ class _Builder:
                 hint="train the adapter with the embedding and the head in modules_to_save",
             )
         return rows.get(self._embeddings.output, rows[source])
-
-
-def _finish_slot(name: str, slot: _Slot, output_dtype: Dtype | None) -> TensorPlan:
-    dtype = slot.work_dtype
-    if output_dtype is not None and dtype.is_mergeable:
-        dtype = output_dtype
-    if not slot.terms and slot.source.dtype is slot.work_dtype is dtype:
-        return TensorPlan(name, dtype, slot.source, CopyBytes(), slot.change)
-    change: Change = "cast" if slot.change == "copied" else slot.change
-    return TensorPlan(
-        name, dtype, slot.source, ApplyTerms(slot.work_dtype, tuple(slot.terms)), change
-    )

@@ -51,12 +51,8 @@ def check_weights(adapters: Sequence[Adapter], weights: tuple[float, ...]) -> No
             expected=f"{len(adapters)} weights",
             got=len(weights),
         )
-    if any(adapter.config.use_dora for adapter in adapters):
-        raise PlanError(
-            "adapter_weights cannot be used with DoRA: its result is not a sum",
-            hint="leave adapter_weights out to merge one adapter after the other",
-        )
-    if sum(any(not r.is_base_copy for r in adapter.replacements) for adapter in adapters) > 1:
+    replacing = [any(not r.is_base_copy for r in a.replacements) or a.rows for a in adapters]
+    if sum(map(bool, replacing)) > 1:
         raise PlanError(
             "adapter_weights cannot be used where several adapters replace whole tensors",
             hint="leave adapter_weights out to merge one adapter after the other",

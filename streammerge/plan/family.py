@@ -9,12 +9,42 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-__all__ = ["VOCABULARY_MODULES", "Embeddings", "find_embeddings", "is_conv1d", "is_declared_tied"]
+__all__ = [
+    "VOCABULARY_MODULES",
+    "Embeddings",
+    "are_experts_fused_in_memory",
+    "are_experts_in_out_on_disk",
+    "are_experts_interleaved",
+    "are_experts_transposed_in_memory",
+    "are_experts_transposed_on_disk",
+    "find_embeddings",
+    "is_conv1d",
+    "is_declared_tied",
+]
 
 # the model types whose projections are transformers' Conv1D, stored (in_features, out_features),
 # and the names of those projections; every other layer of theirs is an ordinary Linear
 _CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 _CONV1D_LAYERS = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+
+# fused experts whose matrices are (in, out) in memory, which their modules declare
+_EXPERTS_IN_OUT = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
+# the same of modules that do not declare it
+_EXPERTS_IN_OUT_SILENTLY = frozenset({"llama4", "llama4_text"})
+# fused experts that are stored the other way round than they are in memory
+_EXPERTS_TURNED_ON_DISK = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})
+# fused experts where the columns of gate and up take turns
+_EXPERTS_INTERLEAVED = frozenset({"gpt_oss"})
+# families that store one tensor per expert, which transformers 5 fuses when it loads them, and for
+# which PEFT converts adapters on single experts (peft.utils.transformers_weight_conversion)
+_EXPERTS_FUSED = frozenset(
+    """
+    afmoe beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe
+    flex_olmo glm4_moe glm4_moe_lite glm4v_moe glm_moe_dsa hunyuan_v1_moe longcat_flash mellum
+    minimax minimax_m2 mixtral olmoe qwen3_moe qwen3_next qwen3_omni_moe qwen3_omni_moe_text
+    qwen3_omni_moe_thinker solar_open
+    """.split()
+)
 
 # module names of the input embedding, and of the output head that may share its tensor
 _INPUT_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
@@ -60,9 +90,45 @@ def is_conv1d(module: str, *, config: Mapping[str, Any]) -> bool:
     )
 
 
+def are_experts_transposed_in_memory(config: Mapping[str, Any]) -> bool:
+    """Whether a family's fused experts are (in, out) in memory, by its own declaration."""
+    return not _model_types(config).isdisjoint(_EXPERTS_IN_OUT)
+
+
+def are_experts_transposed_on_disk(config: Mapping[str, Any]) -> bool:
+    """Whether a family's fused experts are stored the other way round than they are in memory."""
+    return not _model_types(config).isdisjoint(_EXPERTS_TURNED_ON_DISK)
+
+
+def are_experts_in_out_on_disk(config: Mapping[str, Any]) -> bool:
+    """Whether a family's fused experts are stored (in, out)."""
+    kinds = _EXPERTS_IN_OUT | _EXPERTS_IN_OUT_SILENTLY | _EXPERTS_TURNED_ON_DISK
+    return not _model_types(config).isdisjoint(kinds)
+
+
+def are_experts_interleaved(config: Mapping[str, Any]) -> bool:
+    """Whether gate and up take turns in a family's fused experts."""
+    return not _model_types(config).isdisjoint(_EXPERTS_INTERLEAVED)
+
+
+def are_experts_fused_in_memory(config: Mapping[str, Any]) -> bool:
+    """Whether transformers 5 fuses a family's experts, and PEFT merges adapters on each of them.
+
+    PEFT looks at the whole model's type, not at that of a language model inside it.
+    """
+    return config.get("model_type") in _EXPERTS_FUSED
+
+
+def _model_types(config: Mapping[str, Any]) -> set[str]:
+    nested = config.get("text_config")
+    sections = (config, nested if isinstance(nested, dict) else {})
+    return {str(section.get("model_type")) for section in sections}
+
+
 def is_declared_tied(config: Mapping[str, Any]) -> bool | None:
     """Return what config.json says of tied embeddings; None if it says nothing."""
-    for section in (config, config.get("text_config") or {}):
+    nested = config.get("text_config")
+    for section in (config, nested if isinstance(nested, dict) else {}):
         value = section.get("tie_word_embeddings")
         if value is not None:
             return bool(value)
@@ -77,6 +143,9 @@ def find_embeddings(names: Collection[str], *, config: Mapping[str, Any]) -> Emb
     """
     source = _find(names, _INPUT_EMBEDDINGS)
     head = _find(names, _OUTPUT_HEADS)
+    if not config:
+        # not a language model as far as anyone can tell: a module's tensors are what they are
+        return Embeddings(source, head or _head_name(source), is_tied=False, is_known=True)
     declared = is_declared_tied(config)
     is_tied = source is not None and (declared is True or (declared is None and head is None))
     has_head = _has_head(config)

@@ -8,14 +8,13 @@ flight). Nothing else grows with the model.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from math import prod
 from typing import TYPE_CHECKING
 
 from streammerge.config.tuning import MIB, ComputeTuning
 from streammerge.dtypes import Dtype
 from streammerge.errors import MemoryBudgetError
-from streammerge.plan.ops import ApplyTerms, rank_of
-from streammerge.plan.tiles import MIN_TILE_ROWS, factor_bytes
+from streammerge.plan.ops import ApplyTerms, TunerTerm, rank_of, unique_factors
+from streammerge.plan.tiles import MIN_TILE_ROWS, factor_bytes, shared_factor_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -40,6 +39,8 @@ SPARE_SLABS = 6
 FACTOR_BYTES = 32 * MIB
 # a product, a sum in the compute dtype, and a conversion on the way in and on the way out
 SCRATCH_BUFFERS = 4
+# what the arithmetic of other tuners allocates besides, at most
+TUNER_BUFFERS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +68,11 @@ class MemoryPlan:
     slab_count: int
     workers: int
     scratch_bytes: int
-    """One product; each worker may hold `SCRATCH_BUFFERS` of this size."""
+    """One product; each worker may hold a few buffers of this size."""
     factor_bytes: int
     """Factors in memory at a time, as stored and in the compute dtype."""
+    shared_factor_bytes: int
+    """Stored factors that are kept because the next targets take other parts of them."""
     predicted_peak_bytes: int
     least_bytes: int
     """The smallest `max_memory` that would do."""
@@ -81,12 +84,15 @@ class _Sizes:
     slab_count: int
     workers: int
     scratch_bytes: int
+    scratch_buffers: int
     factor_bytes: int
+    shared_factor_bytes: int
 
     def total(self) -> int:
         # one slab more for the pages of a mapping while they are copied out of it
         slabs = self.slab_bytes * (self.slab_count + 1)
-        return slabs + self.workers * SCRATCH_BUFFERS * self.scratch_bytes + self.factor_bytes
+        scratch = self.workers * self.scratch_buffers * self.scratch_bytes
+        return slabs + scratch + self.factor_bytes + self.shared_factor_bytes
 
 
 def plan_memory(
@@ -129,6 +135,7 @@ def plan_memory(
         workers=chosen.workers,
         scratch_bytes=chosen.scratch_bytes,
         factor_bytes=chosen.factor_bytes,
+        shared_factor_bytes=chosen.shared_factor_bytes,
         predicted_peak_bytes=fixed + chosen.total(),
         least_bytes=least_bytes,
     )
@@ -143,6 +150,10 @@ def _shrink(sizes: _Sizes, least: _Sizes, *, room: int) -> _Sizes:
             sizes = replace(sizes, factor_bytes=max(sizes.factor_bytes // 2, least.factor_bytes))
         elif sizes.scratch_bytes > least.scratch_bytes:
             sizes = replace(sizes, scratch_bytes=max(sizes.scratch_bytes // 2, least.scratch_bytes))
+        elif sizes.shared_factor_bytes > least.shared_factor_bytes:
+            # what is not kept is read again for each target
+            kept = sizes.shared_factor_bytes // 2
+            sizes = replace(sizes, shared_factor_bytes=kept if kept > MIB else 0)
         elif sizes.slab_count > sizes.workers + MIN_SLAB_COUNT:
             sizes = replace(sizes, slab_count=sizes.slab_count - 1)
         elif sizes.workers > 1:
@@ -156,27 +167,36 @@ def _shrink(sizes: _Sizes, least: _Sizes, *, room: int) -> _Sizes:
 
 def _needs(tensors: Iterable[TensorPlan], shape: RunShape) -> tuple[int, _Sizes, _Sizes]:
     """Return the number of records, the least sizes that work, and those wanted."""
-    slab, scratch, wanted_scratch, largest, count = MIN_SLAB_BYTES, 0, 0, 0, 0
-    for tensor in tensors:
-        count += 1 + sum(len(term.factors) for term in tensor.terms)
-        if not isinstance(tensor.op, ApplyTerms):
-            continue
-        # a short tail joins the tile before it, so a tile may be a few rows longer than its size
-        rows = min(2 * MIN_TILE_ROWS, tensor.shape[0] if tensor.shape else 1)
-        columns = prod(tensor.shape[1:])
-        widest = max(tensor.source.dtype.item_bytes, tensor.dtype.item_bytes)
-        slab = max(slab, rows * columns * widest)
-        compute = 8 if tensor.op.work_dtype is Dtype.F64 else 4
-        scratch = max(scratch, rows * columns * compute)
-        wanted_scratch = max(wanted_scratch, shape.compute.scratch_for(rank_of(tensor)))
-        largest = max(largest, factor_bytes(tensor))
+    slab, scratch, wanted_scratch, largest, shared, count = MIN_SLAB_BYTES, 0, 0, 0, 0, 0
+    buffers = SCRATCH_BUFFERS
+    for whole in tensors:
+        count += 1 + len(whole.terms) + len(unique_factors(whole.terms))
+        for tensor in whole.parts():
+            if not isinstance(tensor.op, ApplyTerms):
+                continue
+            # a short tail joins the tile before it, so a tile may be a few rows longer than its
+            # size
+            rows = min(2 * MIN_TILE_ROWS, tensor.rows)
+            widest = max(tensor.source.dtype.item_bytes, tensor.dtype.item_bytes)
+            slab = max(slab, rows * tensor.columns * widest)
+            compute = 8 if tensor.op.work_dtype is Dtype.F64 else 4
+            scratch = max(scratch, rows * tensor.columns * compute)
+            wanted_scratch = max(wanted_scratch, shape.compute.scratch_for(rank_of(tensor)))
+            largest = max(largest, factor_bytes(tensor))
+            shared = max(shared, shared_factor_bytes(tensor))
+            if any(isinstance(term, TunerTerm) for term in tensor.terms):
+                buffers = SCRATCH_BUFFERS + TUNER_BUFFERS
     slab += -slab % 4096
-    least = _Sizes(slab, MIN_SLAB_COUNT, 1, scratch, 2 * largest)
+    # of two targets at a time, so that one is loaded while the other is merged
+    least = _Sizes(slab, MIN_SLAB_COUNT, 1, scratch, buffers, 2 * largest, 0)
     wanted = _Sizes(
         max(shape.block_bytes, slab),
         shape.slab_count,
         shape.workers,
         max(scratch, wanted_scratch),
+        buffers,
         max(2 * largest, FACTOR_BYTES if largest else 0),
+        # of two parameters at a time: those of a layer's experts take turns
+        2 * shared,
     )
     return count, least, wanted

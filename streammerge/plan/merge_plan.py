@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from streammerge.plan.ops import ApplyTerms
+from streammerge.plan.ops import ApplyTerms, BiasTerm, LoraTerm, TunerTerm, unique_factors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from streammerge.plan.build import TensorPlans
     from streammerge.plan.layout import ShardPlan
     from streammerge.plan.memory import MemoryPlan, RunShape
-    from streammerge.plan.ops import Numerics, TensorPlan
+    from streammerge.plan.ops import Numerics, TensorPlan, Term
 
 __all__ = ["MergePlan"]
 
@@ -53,8 +53,13 @@ class MergePlan:
     @property
     def bytes_read(self) -> int:
         """Bytes of weights that the run reads, adapters included."""
-        factors = sum(f.nbytes for t in self.tensors for term in t.terms for f in term.factors)
-        return factors + sum(tensor.source.nbytes for tensor in self.tensors)
+        terms = [term for tensor in self.tensors for term in tensor.terms]
+        factors = [f for term in terms if isinstance(term, LoraTerm) for f in (term.a, term.b)]
+        # the targets that take parts of a factor take all of it together
+        shared = dict.fromkeys(factor.tensor for factor in factors if factor.is_part)
+        whole = [f for t in self.tensors for f in unique_factors(t.terms) if f not in shared]
+        read = [*shared, *whole, *(tensor.source for tensor in self.tensors)]
+        return sum(tensor.nbytes for tensor in read)
 
     @property
     def bytes_written(self) -> int:
@@ -92,6 +97,14 @@ class MergePlan:
         }
 
 
+def _describe_term(term: Term) -> str:
+    if isinstance(term, TunerTerm):
+        return type(term).__name__
+    if isinstance(term, BiasTerm):
+        return "bias"
+    return "DoRA" if term.magnitude is not None else "LoRA"
+
+
 def _describe_target(tensor: TensorPlan) -> dict[str, Any]:
     described: dict[str, Any] = {
         "name": tensor.name,
@@ -100,5 +113,8 @@ def _describe_target(tensor: TensorPlan) -> dict[str, Any]:
         "shape": list(tensor.shape),
     }
     if isinstance(tensor.op, ApplyTerms) and tensor.terms:
-        described["scalings"] = [term.scaling for term in tensor.terms]
+        described["terms"] = list(dict.fromkeys(map(_describe_term, tensor.terms)))
+        scalings = [term.scaling for term in tensor.terms if not isinstance(term, TunerTerm)]
+        # of the experts of a fused tensor they are one and the same
+        described["scalings"] = list(dict.fromkeys(scalings))
     return described

@@ -1,68 +1,25 @@
-"""The vocabulary of a plan: what happens to each tensor, as a closed union of plain records.
-
-Shapes: N out_features, K in_features, R rank. A weight is (N, K), or (K, N) where it is stored
-transposed (Conv1D, and embeddings seen as maps from tokens).
-"""
+"""The vocabulary of a plan: what happens to each tensor, as a closed union of plain records."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING, Literal
 
-from streammerge.checkpoint.header import TensorSpec
+from streammerge.adapters.terms import BiasTerm, LoraTerm, Region, Term, TunerTerm
+from streammerge.checkpoint.header import StoredTensor, TensorSpec
 
 if TYPE_CHECKING:
-    from streammerge.checkpoint.header import StoredTensor
+    from collections.abc import Iterable, Iterator
+
     from streammerge.dtypes import Dtype
 
 __all__ = ["ApplyTerms", "BiasTerm", "Change", "CopyBytes", "LoraTerm", "Numerics", "Op",
-           "TensorPlan", "Term", "rank_of"]  # fmt: skip
+           "TensorPlan", "Term", "TunerTerm", "rank_of", "unique_factors"]  # fmt: skip
 
 Numerics = Literal["peft", "fp32"]
 Change = Literal["copied", "cast", "merged", "replaced", "added"]
-
-
-@dataclass(frozen=True, slots=True)
-class LoraTerm:
-    """`scaling * B @ A`, one adapter's delta on one weight.
-
-    With `magnitude` it is the DoRA form.
-    """
-
-    a: StoredTensor
-    """(R, K)"""
-    b: StoredTensor
-    """(N, R)"""
-    scaling: float
-    """Factor of `B @ A`, an adapter's weight included."""
-    is_transposed: bool
-    """Whether the delta is added to a weight stored (K, N)."""
-    rounds_delta: bool
-    """Whether PEFT rounds the delta to the weight's dtype before it adds it (embeddings)."""
-    magnitude: StoredTensor | None = None
-    """(N,): rows are scaled to these norms (DoRA)."""
-
-    @property
-    def factors(self) -> tuple[StoredTensor, ...]:
-        """Adapter tensors that the term reads."""
-        return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
-
-
-@dataclass(frozen=True, slots=True)
-class BiasTerm:
-    """`scaling * bias of B`, one adapter's delta on one bias."""
-
-    vector: StoredTensor
-    """(N,)"""
-    scaling: float
-
-    @property
-    def factors(self) -> tuple[StoredTensor, ...]:
-        """Adapter tensors that the term reads."""
-        return (self.vector,)
-
-
-Term = LoraTerm | BiasTerm
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +59,73 @@ class TensorPlan:
         return self.source.shape
 
     @property
+    def rows(self) -> int:
+        """Rows of the matrix as which the tensor is cut into tiles.
+
+        All but the last dimension are rows, so that tiles of fused experts are small too; but where
+        terms see a tensor of more dimensions as a matrix of `shape[0]` rows (convolutions), so do
+        the tiles.
+        """
+        if not self.shape:
+            return 1
+        return prod(self.shape[:-1]) if self._splits_deep else self.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """Columns of that matrix."""
+        return self.shape[-1] if self._splits_deep else prod(self.shape[1:])
+
+    @property
+    def _splits_deep(self) -> bool:
+        if len(self.shape) < 3:
+            return False
+        return all(isinstance(term, LoraTerm) and term.region is not None for term in self.terms)
+
+    def parts(self) -> Iterator[TensorPlan]:
+        """Yield what is merged by itself: each expert of a fused tensor, else all of the tensor.
+
+        A term on a region is for one expert, so that the factors of one are all that have to be in
+        memory; experts without a term pass through.
+        """
+        if not self.terms or not self._splits_deep or not self.nbytes:
+            yield self
+            return
+        rows = prod(self.shape[1:-1])
+        terms: defaultdict[int, list[LoraTerm]] = defaultdict(list)
+        for term in self.terms:
+            assert isinstance(term, LoraTerm)
+            assert term.region is not None
+            terms[term.region.rows.start // rows].append(term)
+        for number in range(self.shape[0]):
+            yield self._expert(number, terms[number], rows)
+
+    def _expert(self, number: int, terms: list[LoraTerm], rows: int) -> TensorPlan:
+        """Return one matrix of a fused tensor, with the terms' regions counted from its first row.
+
+        A region that is all of it is none.
+        """
+        shape = (rows, self.columns)
+        dtype = self.source.dtype
+        assert isinstance(self.op, ApplyTerms)
+        work_dtype = self.op.work_dtype
+        source = replace(
+            self.source, shape=shape, offset=self.source.offset + number * dtype.nbytes(prod(shape))
+        )
+        name = f"{self.name}[{number}]"
+        if not terms and dtype is work_dtype is self.dtype:
+            return TensorPlan(name, dtype, source, CopyBytes(), "copied")
+        moved = []
+        for term in terms:
+            assert term.region is not None
+            first = term.region.rows.start - number * rows
+            inside = Region(range(first, first + len(term.region.rows)), term.region.columns)
+            is_all = inside == Region(range(rows), range(shape[1]))
+            moved.append(replace(term, region=None if is_all else inside))
+        return TensorPlan(
+            name, self.dtype, source, ApplyTerms(work_dtype, tuple(moved)), self.change
+        )
+
+    @property
     def spec(self) -> TensorSpec:
         """What is stored."""
         return TensorSpec(self.name, self.dtype, self.shape)
@@ -119,4 +143,9 @@ class TensorPlan:
 
 def rank_of(tensor: TensorPlan) -> int:
     """Return the highest rank among a target's terms; 0 without one."""
-    return max((term.a.shape[0] for term in tensor.terms if isinstance(term, LoraTerm)), default=0)
+    return max((term.rank for term in tensor.terms if isinstance(term, LoraTerm)), default=0)
+
+
+def unique_factors(terms: Iterable[Term]) -> list[StoredTensor]:
+    """Return the adapter tensors that terms read, each once."""
+    return list(dict.fromkeys(factor for term in terms for factor in term.factors))

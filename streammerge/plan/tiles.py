@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from streammerge.plan.ops import CopyBytes
+from streammerge.dtypes import Dtype
+from streammerge.plan.ops import ApplyTerms, CopyBytes, LoraTerm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from streammerge.plan.layout import PlacedTensor, ShardPlan
+    from streammerge.adapters.terms import Factor
+    from streammerge.checkpoint.header import StoredTensor
+    from streammerge.plan.layout import ShardPlan
     from streammerge.plan.ops import TensorPlan
 
 __all__ = [
@@ -22,6 +25,8 @@ __all__ = [
     "Segment",
     "cut_shard",
     "factor_bytes",
+    "is_scattered",
+    "shared_factor_bytes",
     "split_rows",
 ]
 
@@ -30,6 +35,11 @@ MIN_TILE_ROWS = 4
 # a target that does not fit what is left of a block begins there only if this part of it is left:
 # narrow tiles cost a product each
 _WORTHWHILE = 4
+# of a factor whose rows are this many times as long as what is taken of them, all is kept in memory
+_SCATTERED = 4
+# pieces of targets in one block: beside its factors each takes some KB for objects of Python's and
+# torch's, which is more than tiny experts take themselves
+_MOST_PIECES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +94,48 @@ def split_rows(begin: int, end: int, step: int) -> list[tuple[int, int]]:
 
 
 def factor_bytes(tensor: TensorPlan) -> int:
-    """Return the bytes of a target's factors, as stored and in the widest compute dtype."""
-    return sum(f.nbytes + prod(f.shape) * 8 for term in tensor.terms for f in term.factors)
+    """Return the most bytes that a target's factors need: as stored, and as they are computed with.
+
+    A whole factor that is stored in the compute dtype is used as it is. Of a part of a factor only
+    that part is read.
+    """
+    if not isinstance(tensor.op, ApplyTerms):
+        return 0
+    item = 8 if tensor.op.work_dtype is Dtype.F64 else 4
+    total = 0
+    whole: list[StoredTensor] = []
+    for term in tensor.terms:
+        total += term.work_bytes(tensor.shape)
+        as_is = list(term.factors)
+        changed = [term.a, term.b] if isinstance(term, LoraTerm) else []
+        for factor in changed:
+            if factor.is_whole:
+                continue
+            as_is = [one for one in as_is if one is not factor.tensor]
+            values = prod(factor.shape)
+            # what is spread or multiplied is there beside what comes of it
+            total += values * item * (2 if factor.is_changed else 1)
+            if factor.is_part:
+                total += values * factor.tensor.dtype.item_bytes
+            else:
+                whole.append(factor.tensor)
+        whole += as_is
+        total += sum(prod(f.shape) * item for f in as_is if f.dtype.item_bytes != item)
+    return total + sum(f.nbytes for f in (whole if len(whole) < 2 else dict.fromkeys(whole)))
+
+
+def is_scattered(factor: Factor) -> bool:
+    """Whether a part of a factor lies so far apart that most of what is read for it is not it."""
+    if factor.columns is None:
+        return False
+    return prod(factor.tensor.shape[1:]) >= _SCATTERED * len(factor.columns)
+
+
+def shared_factor_bytes(tensor: TensorPlan) -> int:
+    """Return the bytes of factors of which a target takes scattered parts, and others the rest."""
+    terms = [term for term in tensor.terms if isinstance(term, LoraTerm)]
+    parts = [f.tensor for term in terms for f in (term.a, term.b) if is_scattered(f)]
+    return sum(part.nbytes for part in (parts if len(parts) < 2 else dict.fromkeys(parts)))
 
 
 def cut_shard(shard: ShardPlan, *, slab_bytes: int, max_factor_bytes: int) -> Iterator[Block]:
@@ -99,15 +149,11 @@ def cut_shard(shard: ShardPlan, *, slab_bytes: int, max_factor_bytes: int) -> It
     """
     blocks = 0
     cutter = _Cutter(slab_bytes, max_factor_bytes, start=len(shard.head))
-    for placed in shard.tensors:
-        if not placed.tensor.nbytes:
+    for tensor in (part for placed in shard.tensors for part in placed.tensor.parts()):
+        if not tensor.nbytes:
             continue
-        parts = (
-            cutter.copy(placed)
-            if isinstance(placed.tensor.op, CopyBytes)
-            else cutter.merge(placed.tensor)
-        )
-        for block in parts:
+        is_copy = isinstance(tensor.op, CopyBytes)
+        for block in cutter.copy(tensor) if is_copy else cutter.merge(tensor):
             blocks += 1
             yield block
     if cutter.output_bytes or not blocks:
@@ -139,9 +185,9 @@ class _Cutter:
         self._has_copies = False
         self.output_bytes = self._source_bytes = self._lead = self._factor_bytes = 0
 
-    def copy(self, placed: PlacedTensor) -> Iterator[Block]:
+    def copy(self, tensor: TensorPlan) -> Iterator[Block]:
         """Add bytes that pass through; they may be cut anywhere."""
-        stored, done = placed.tensor.source, 0
+        stored, done = tensor.source, 0
         if self._lead or self._source_bytes != self.output_bytes:
             # nothing moves these bytes: they are read to where they are written from
             yield self.close()
@@ -157,14 +203,14 @@ class _Cutter:
 
     def merge(self, target: TensorPlan) -> Iterator[Block]:
         """Add a target, whole rows at a time."""
-        rows = target.shape[0] if target.shape else 1
-        columns = prod(target.shape[1:])
+        rows, columns = target.rows, target.columns
         source_row = target.source.dtype.nbytes(columns)
         output_row = target.dtype.nbytes(columns)
         factors = factor_bytes(target)
         if source_row != output_row and self._has_copies:
             yield self.close()
-        if self._factor_bytes and self._factor_bytes + factors > self._max_factor_bytes:
+        is_full = self._factor_bytes and self._factor_bytes + factors > self._max_factor_bytes
+        if is_full or len(self._parts) >= _MOST_PIECES:
             yield self.close()
         self._factor_bytes += factors
         begin = 0

@@ -14,11 +14,13 @@ from streammerge.errors import PlanError
 from streammerge.plan.family import is_declared_tied
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
-    from streammerge.adapters.adapter import LoraModule, Replacement
+    from streammerge.adapters.adapter import Replacement, RowReplacement
+    from streammerge.adapters.tuners.base import AdapterModule
     from streammerge.checkpoint.header import StoredTensor
     from streammerge.plan.family import Embeddings
+    from streammerge.plan.place import Placement
 
 __all__ = ["TieDecision", "check_tie_is_known", "decide_tie"]
 
@@ -39,9 +41,8 @@ class TieDecision:
 
 def decide_tie(
     pair: tuple[str, str],
+    parts: Placement,
     *,
-    placed: Mapping[str, Replacement],
-    modules: Mapping[str, LoraModule],
     shared_rows: int,
     trains_as_one: bool,
     same_bytes: Callable[[StoredTensor, StoredTensor], bool],
@@ -51,14 +52,13 @@ def decide_tie(
     Args:
         pair: Name of the tensor that both ends share, and the name that the head's own
             tensor would have.
-        placed: The adapter's whole tensors, by the name they are for.
-        modules: The adapter's factors, by the name of the weight they are for.
+        parts: What the adapter has for either end.
         shared_rows: Rows of the shared tensor as it stands.
         trains_as_one: Whether the adapter was trained with `ensure_weight_tying`.
         same_bytes: Says whether two stored tensors hold the same bytes.
     """
     source, head = pair
-    source, head = pair
+    placed, modules, rows = parts.placed, parts.layers, parts.rows
     ours, theirs = placed.get(source), placed.get(head)
     start, splits, done = None, False, frozenset[str]()
     if ours is not None and theirs is not None:
@@ -77,22 +77,45 @@ def decide_tie(
             start, done = theirs, frozenset({head})
         else:
             splits = True
+    same_rows = _have_same_rows(rows, source, head, same_bytes)
+    # rows of the embedding alone are those of a tied head too
+    splits = splits or (head in rows and not same_rows)
+    both = frozenset({head}) if same_rows else frozenset[str]()
     if splits or (source not in modules and head not in modules):
-        return TieDecision(start, splits, done)
+        return TieDecision(start, splits, done, frozenset() if splits else both)
     if source in modules and head in modules and trains_as_one:
         return TieDecision(start, splits, done, frozenset({head}))
     return TieDecision(start, splits=True, placed_done=done)
 
 
+def _have_same_rows(
+    rows: Mapping[str, RowReplacement],
+    source: str,
+    head: str,
+    same_bytes: Callable[[StoredTensor, StoredTensor], bool],
+) -> bool:
+    if source not in rows or head not in rows:
+        return False
+    ours, theirs = rows[source], rows[head]
+    return ours.indices == theirs.indices and same_bytes(ours.tensor, theirs.tensor)
+
+
 def check_tie_is_known(
     embeddings: Embeddings,
     *,
-    placed: Mapping[str, Replacement],
-    modules: Mapping[str, LoraModule],
+    placed: Collection[str],
+    modules: Mapping[str, AdapterModule],
     tensors: Mapping[str, StoredTensor],
     config: Mapping[str, Any],
 ) -> None:
     """Refuse a change to a matrix over the vocabulary that may share storage under other names.
+
+    Args:
+        embeddings: What is known of the base's embeddings.
+        placed: Names of the tensors that the adapter replaces, all of them or some rows.
+        modules: Its modules, by the names of their weights.
+        tensors: The base's tensors.
+        config: The base's config.json.
 
     Raises:
         PlanError: The adapter changes such a matrix.

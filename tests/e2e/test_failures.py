@@ -98,6 +98,14 @@ def other_tuner(case: Any) -> None:
     case.write_json(case.adapter / "adapter_config.json", {"peft_type": "LOHA", "r": 4})
 
 
+def unmergeable_tuner(case: Any) -> None:
+    case.write_json(case.adapter / "adapter_config.json", {"peft_type": "XLORA"})
+
+
+def unknown_tuner(case: Any) -> None:
+    case.write_json(case.adapter / "adapter_config.json", {"peft_type": "TOMORROW"})
+
+
 @pytest.mark.parametrize(
     ("break_it", "said"),
     [
@@ -110,7 +118,9 @@ def other_tuner(case: Any) -> None:
         (not_finite, "NaN or Inf"),
         (stray, "stray weight file"),
         (quantized, "awq"),
-        (other_tuner, "LOHA"),
+        (other_tuner, "of another kind of adapter than its peft_type says"),
+        (unmergeable_tuner, "no merged form"),
+        (unknown_tuner, "TOMORROW"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import re
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from streammerge.adapters.config import AdapterConfig
-from streammerge.adapters.keys import Role, parse_key
+from streammerge.adapters.keys import AdapterKey, Role, parse_key
+from streammerge.adapters.tuners import all_tuners
+from streammerge.adapters.tuners.lora import LoraSettings
 from streammerge.errors import AdapterError
+
+if TYPE_CHECKING:
+    from streammerge.adapters.tuners.base import Tuner
 
 get_pattern_key = pytest.importorskip("peft.utils.other").get_pattern_key
 
+LORA = all_tuners()["LORA"]
 PARTS = ["model", "layers", "0", "1", "10", "q_proj", "proj", "mlp", "experts", "x"]
 PATHS = st.lists(st.sampled_from(PARTS), min_size=1, max_size=5).map(".".join)
 GLUE = st.sampled_from([".", r"\.", "", ".*", "|", r"\.[01]\.", "^", "$", "[a-z]+", ".+", "(x|q)_"])
@@ -31,24 +36,6 @@ def is_regex(pattern: str) -> bool:
     return False
 
 
-def config(ranks: dict[str, int], alphas: dict[str, float]) -> AdapterConfig:
-    return AdapterConfig(
-        path=Path("adapter_config.json"),
-        rank=1000,
-        lora_alpha=2000,
-        use_rslora=False,
-        use_dora=False,
-        fan_in_fan_out=False,
-        rank_pattern=ranks,
-        alpha_pattern=alphas,
-        modules_to_save=(),
-        ensure_weight_tying=False,
-        task_type=None,
-        base_model=None,
-        peft_version=None,
-    )
-
-
 @given(
     st.dictionaries(PATTERNS.filter(is_regex), st.integers(1, 99), max_size=4),
     st.dictionaries(PATTERNS.filter(is_regex), st.integers(1, 99), max_size=4),
@@ -57,32 +44,53 @@ def config(ranks: dict[str, int], alphas: dict[str, float]) -> AdapterConfig:
 def test_patterns_select_what_peft_selects(
     ranks: dict[str, int], alphas: dict[str, float], module: str
 ) -> None:
-    found = config(ranks, alphas)
+    found = LoraSettings(1000, 2000, rank_pattern=ranks, alpha_pattern=alphas)
     rank = ranks.get(get_pattern_key(ranks.keys(), module), 1000)
     alpha = alphas.get(get_pattern_key(alphas.keys(), module), 2000)
     assert found.rank_of(module) == rank
     assert found.scaling_of(module) == alpha / rank
+    assert found.scaling_of(module, rank=7) == alpha / 7
 
 
 @given(PATHS, st.sampled_from(["", "base_model.model.", "base_model.model._orig_mod."]))
 def test_factor_of_any_path_names_its_module(module: str, prefix: str) -> None:
-    for role in (Role.LORA_A, Role.LORA_B):
+    for factor in ("lora_A", "lora_B"):
         for name in ("", ".default"):
-            key = parse_key(f"{prefix}{module}.{role.value}{name}.weight")
-            assert (key.role, key.module) == (role, module)
+            for depth in range(3):
+                wrapped = module + ".base_layer" * depth
+                key = parse_key(f"{prefix}{wrapped}.{factor}{name}.weight", LORA)
+                assert key == AdapterKey(Role.FACTOR, module, factor, depth)
+
+
+FACTORS = {word for tuner in all_tuners().values() for word in (*tuner.factors, *tuner.shared)}
+WORDS = sorted(FACTORS | {word for tuner in all_tuners().values() for word in tuner.parts})
 
 
 @given(
     st.one_of(
         st.text(),
         st.lists(
-            st.sampled_from([*PARTS, "lora_A", "lora_B", "weight", "bias", "base_layer", "default",
-                             "modules_to_save", "original_module", "base_model", "lora_embedding_A",
-                             "lora_magnitude_vector", "", "_orig_mod"]),
+            st.one_of(
+                st.sampled_from([*PARTS, "weight", "bias", "base_layer", "default", "base_model",
+                                 "modules_to_save", "original_module", "token_adapter",
+                                 "trainable_tokens_delta", "", "_orig_mod", "module"]),
+                st.sampled_from(WORDS),
+            ),
             max_size=6,
         ).map(".".join),
-    )
+    ),
+    st.sampled_from(list(all_tuners().values())),
 )  # fmt: skip
-def test_any_key_is_parsed_or_refused(key: str) -> None:
+def test_any_key_is_parsed_or_refused(key: str, tuner: Tuner) -> None:
     with contextlib.suppress(AdapterError):
-        assert isinstance(parse_key(key).role, Role)
+        parsed = parse_key(key, tuner)
+        assert isinstance(parsed.role, Role)
+        # a factor has a module and a name that is the tuner's
+        if parsed.role is Role.FACTOR:
+            assert parsed.module
+            assert parsed.name.partition(".")[0] in tuner.factors
+        elif parsed.role is Role.SHARED:
+            assert parsed.name.partition(".")[0] in tuner.shared
+        else:
+            # nothing that any kind calls a factor passes for a whole tensor
+            assert {*parsed.path.split(".")}.isdisjoint(FACTORS - tuner.shared)

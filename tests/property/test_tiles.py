@@ -11,14 +11,24 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from streammerge.adapters.terms import Factor, Region
 from streammerge.checkpoint.header import StoredTensor
 from streammerge.dtypes import Dtype
 from streammerge.plan.layout import ShardPlan, lay_out
-from streammerge.plan.ops import ApplyTerms, BiasTerm, CopyBytes, TensorPlan
-from streammerge.plan.tiles import MIN_TILE_ROWS, Block, cut_shard, factor_bytes, split_rows
+from streammerge.plan.ops import ApplyTerms, BiasTerm, CopyBytes, LoraTerm, TensorPlan
+from streammerge.plan.tiles import (
+    MIN_TILE_ROWS,
+    Block,
+    cut_shard,
+    factor_bytes,
+    shared_factor_bytes,
+    split_rows,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from streammerge.plan.ops import Term
 
 FLOATS = [Dtype.BF16, Dtype.F16, Dtype.F32, Dtype.F64]
 SHAPES = st.lists(st.integers(0, 12), max_size=3).map(tuple)
@@ -49,27 +59,67 @@ def build(items: Items) -> list[TensorPlan]:
         name = f"t{number}"
         source = StoredTensor(name, stored, shape, Path(path), ends[path] + gap)
         ends[path] = source.offset + source.nbytes
-        vector = StoredTensor("f", Dtype.F32, (factor,), Path("adapter"), 0)
-        terms = (BiasTerm(vector, 1.0),) if factor else ()
-        op = CopyBytes() if output is None else ApplyTerms(stored, terms)
+        op = CopyBytes() if output is None else ApplyTerms(stored, terms_of(shape, factor))
         tensors.append(TensorPlan(name, output or stored, source, op, "copied"))
     return tensors
+
+
+def terms_of(shape: tuple[int, ...], factor: int) -> tuple[Term, ...]:
+    """A term with factors of that length; on a part of what has more dimensions than a matrix."""
+    if not factor:
+        return ()
+    vector = StoredTensor("f", Dtype.F32, (factor,), Path("adapter"), 0)
+    if len(shape) < 3 or factor == 1 or not shape[1]:
+        return (BiasTerm(vector, 1.0),)
+    part = Region(range(shape[1]), range(shape[2]))
+    whole = Factor(vector)
+    return (LoraTerm(whole, whole, 1.0, is_transposed=False, rounds_delta=False, region=part),)
 
 
 def least_slab(tensors: list[TensorPlan]) -> int:
     """What `plan_memory` asks for: eight rows, or all of a shorter tensor."""
     rows = [
-        min(8, t.shape[0] if t.shape else 1)
-        * prod(t.shape[1:])
-        * max(t.dtype.item_bytes, t.source.dtype.item_bytes)
+        min(8, t.rows) * t.columns * max(t.dtype.item_bytes, t.source.dtype.item_bytes)
         for t in tensors
         if isinstance(t.op, ApplyTerms)
     ]
     return max([1, *rows])
 
 
-def rows_of(tensor: TensorPlan) -> int:
-    return tensor.shape[0] if tensor.shape else 1
+@pytest.mark.parametrize(
+    ("shape", "kinds", "rows", "columns"),
+    [
+        ((), "", 1, 1),
+        ((5,), "b", 5, 1),
+        ((5, 3), "", 5, 3),
+        ((5, 3), "r", 5, 3),
+        ((2, 5, 3), "", 10, 3),
+        ((2, 5, 3), "r", 10, 3),
+        ((2, 5, 3), "rr", 10, 3),
+        # what sees a convolution as a matrix of its outputs
+        ((2, 5, 3), "w", 2, 15),
+        ((2, 5, 3, 4), "w", 2, 60),
+        ((2, 5, 3, 4), "", 30, 4),
+        ((0, 5, 3), "", 0, 3),
+        ((2, 5, 0), "w", 2, 0),
+    ],
+)
+def test_rows_are_those_that_terms_see(
+    shape: tuple[int, ...], kinds: str, rows: int, columns: int
+) -> None:
+    factor = Factor(StoredTensor("f", Dtype.F32, (2, 2), Path("adapter"), 0))
+    region = Region(range(1), range(1))
+    made: dict[str, Term] = {
+        "b": BiasTerm(factor.tensor, 1.0),
+        "w": LoraTerm(factor, factor, 1.0, is_transposed=False, rounds_delta=False),
+        "r": LoraTerm(factor, factor, 1.0, is_transposed=False, rounds_delta=False, region=region),
+    }
+    source = StoredTensor("t", Dtype.BF16, shape, Path("one"), 0)
+    op = ApplyTerms(Dtype.BF16, tuple(made[kind] for kind in kinds))
+    tensor = TensorPlan("t", Dtype.BF16, source, op, "merged")
+    assert (tensor.rows, tensor.columns) == (rows, columns)
+    copied = TensorPlan("t", Dtype.BF16, source, CopyBytes(), "copied")
+    assert copied.rows * copied.columns == prod(shape)
 
 
 def is_target(tensor: TensorPlan) -> bool:
@@ -105,10 +155,10 @@ def test_every_byte_once_in_order_and_within_a_slab(
                 end = segment.at + segment.nbytes
             assert end <= slab
             for tile in block.tiles:
-                count = (tile.end - tile.begin) * tile.target.source.nbytes // rows_of(tile.target)
+                count = (tile.end - tile.begin) * tile.target.source.nbytes // tile.target.rows
                 assert tile.source_at + count <= slab
                 assert tile.output_at + (tile.end - tile.begin) * (
-                    tile.target.nbytes // rows_of(tile.target)
+                    tile.target.nbytes // tile.target.rows
                 ) <= min(slab, block.nbytes)
         assert position == shard.file_bytes
 
@@ -148,8 +198,8 @@ def merge(block: Block, slots: Slots) -> None:
     """Replace the source rows of each tile, in order, by output bytes (name, row, byte)."""
     for tile in block.tiles:
         target = tile.target
-        source_row = target.source.nbytes // rows_of(target)
-        output_row = target.nbytes // rows_of(target)
+        source_row = target.source.nbytes // target.rows
+        output_row = target.nbytes // target.rows
         for row in range(tile.begin, tile.end):
             at = tile.source_at + (row - tile.begin) * source_row
             offset = target.source.offset + row * source_row
@@ -164,14 +214,14 @@ def merge(block: Block, slots: Slots) -> None:
 def wanted_bytes(shard: ShardPlan) -> Slots:
     wanted: Slots = []
     for placed in shard.tensors:
-        tensor = placed.tensor
         assert placed.offset == len(shard.head) + len(wanted)
-        if is_target(tensor):
-            row = tensor.nbytes // rows_of(tensor)
-            wanted += [(tensor.name, at // row, at % row) for at in range(tensor.nbytes)]
-        else:
-            source = tensor.source
-            wanted += [(source.path, source.offset + n) for n in range(tensor.nbytes)]
+        for tensor in placed.tensor.parts():
+            if is_target(tensor):
+                row = tensor.nbytes // tensor.rows
+                wanted += [(tensor.name, at // row, at % row) for at in range(tensor.nbytes)]
+            else:
+                source = tensor.source
+                wanted += [(source.path, source.offset + n) for n in range(tensor.nbytes)]
     return wanted
 
 
@@ -228,11 +278,12 @@ def test_targets_are_cut_into_whole_rows(items: Items, spare: int, factors: int)
     for shard, _, blocks in cuts(items, spare, factors=factors):
         tiles = [tile for block in blocks for tile in block.tiles]
         # in the order of the file
-        names = [p.tensor.name for p in shard.tensors if is_target(p.tensor)]
+        parts = [part for placed in shard.tensors for part in placed.tensor.parts()]
+        names = [part.name for part in parts if is_target(part)]
         assert list(dict.fromkeys(tile.target.name for tile in tiles)) == names
         for name in names:
             mine = [tile for tile in tiles if tile.target.name == name]
-            rows, end = rows_of(mine[0].target), 0
+            rows, end = mine[0].target.rows, 0
             for tile in mine:
                 assert tile.begin == end
                 end = tile.end
@@ -250,12 +301,19 @@ def test_factors_that_begin_in_a_block_are_limited(items: Items, spare: int, fac
             assert sum(held) <= factors or len(held) == 1
 
 
-def test_factors_are_counted_as_stored_and_in_the_widest_dtype() -> None:
-    copy, target = build(
-        [(Dtype.F32, None, (3,), "one", 0, 7), (Dtype.F32, Dtype.F32, (3,), "one", 0, 7)]
+def test_factors_are_counted_as_stored_and_as_they_are_converted() -> None:
+    copy, exact, wider = build(
+        [
+            (Dtype.F32, None, (3,), "one", 0, 7),
+            (Dtype.F32, Dtype.F32, (3,), "one", 0, 7),
+            (Dtype.F64, Dtype.F32, (3,), "one", 0, 7),
+        ]
     )
-    assert factor_bytes(copy) == 0
-    assert factor_bytes(target) == 7 * (4 + 8)
+    assert factor_bytes(copy) == shared_factor_bytes(copy) == 0
+    # what is stored in the compute dtype is used as it is
+    assert factor_bytes(exact) == 7 * 4
+    assert factor_bytes(wider) == 7 * (4 + 8)
+    assert shared_factor_bytes(wider) == 0
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 7), (3, 0)])

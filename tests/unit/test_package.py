@@ -34,3 +34,22 @@ def test_help_loads_neither_torch_nor_pydantic_nor_numpy() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("package", ["adapters", "checkpoint", "config", "plan", "report"])
+def test_what_plans_loads_no_torch(package: str) -> None:
+    # terms of adapters import it where they do their arithmetic, and only then
+    program = (
+        "import importlib, pkgutil, sys\n"
+        f"import streammerge.{package} as package\n"
+        "walked = pkgutil.walk_packages(package.__path__, package.__name__ + '.')\n"
+        "names = [info.name for info in walked]\n"
+        "for name in names:\n    importlib.import_module(name)\n"
+        "print(len(names), sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    count, loaded = done.stdout.split(maxsplit=1)
+    assert int(count) > 0
+    assert loaded.strip() == "[]"

@@ -1,4 +1,4 @@
-"""Opening an adapter: modules with their scaling, replacements, and damage that is named."""
+"""Opening an adapter: modules with their tensors, replacements, rows, and damage that is named."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pytest
 import torch
 
-from streammerge.adapters.adapter import open_adapter
+from streammerge.adapters.adapter import Adapter, open_adapter
+from streammerge.adapters.tuners import all_tuners
+from streammerge.adapters.tuners.lora import Lora
 from streammerge.dtypes import Dtype
 from streammerge.errors import AdapterError, CheckpointError
 
@@ -28,6 +30,15 @@ Q = "base_model.model.model.layers.0.q_proj"
 A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
 EMBED = "base_model.model.model.embed_tokens"
 HEAD = "base_model.model.lm_head"
+
+
+def scalings(adapter: Adapter) -> dict[str, tuple[int, float]]:
+    """Rank and scaling by module."""
+    settings = adapter.config.settings
+    return {
+        module.module: (settings.rank_of(module.module), settings.scaling_of(module.module))
+        for module in adapter.modules
+    }
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -52,20 +63,21 @@ def test_plain_lora_is_opened(make_adapter: MakeAdapter, *, legacy: bool) -> Non
     (module,) = adapter.modules
     assert adapter.path == folder
     assert module.module == "model.layers.0.q_proj"
-    assert (module.a.name, module.a.shape, module.b.name, module.b.shape) == (A, (2, 5), B, (3, 2))
-    assert (module.rank, module.scaling, module.is_embedding) == (2, 2.0, False)
-    assert (module.magnitude, module.b_bias) == (None, None)
-    assert adapter.replacements == ()
-    assert adapter.twins == ()
+    assert module.where == f"module 'model.layers.0.q_proj' of {folder}"
+    assert (module.depth, module.is_inner, module.is_embedding) == (0, False, False)
+    found = {name: (tensor.name, tensor.shape) for name, tensor in module.tensors.items()}
+    assert found == {"lora_A": (A, (2, 5)), "lora_B": (B, (3, 2))}
+    assert scalings(adapter) == {"model.layers.0.q_proj": (2, 2.0)}
+    assert (adapter.replacements, adapter.rows, adapter.shared, adapter.twins) == ((), (), {}, ())
     assert sorted(adapter.keys) == [A, B]
     suffix = "bin" if legacy else "safetensors"
-    assert module.a.path == folder / f"adapter_model.{suffix}"
+    assert module.tensors["lora_A"].path == folder / f"adapter_model.{suffix}"
 
 
 def test_safetensors_win_over_bin(make_adapter: MakeAdapter) -> None:
     make_adapter({A: zeros(2, 9), B: zeros(9, 2)}, legacy=True)
     (module,) = open_adapter(make_adapter(plain())).modules
-    assert module.a.shape == (2, 5)
+    assert module.tensors["lora_A"].shape == (2, 5)
 
 
 def test_scaling_and_rank_follow_the_patterns(make_adapter: MakeAdapter) -> None:
@@ -75,10 +87,10 @@ def test_scaling_and_rank_follow_the_patterns(make_adapter: MakeAdapter) -> None
         alpha_pattern={"lm_head": 3},
         use_rslora=True,
     )
-    scalings = {
-        module.module: (module.rank, module.scaling) for module in open_adapter(folder).modules
+    assert scalings(open_adapter(folder)) == {
+        "model.layers.0.q_proj": (2, 4 / 2**0.5),
+        "lm_head": (4, 1.5),
     }
-    assert scalings == {"model.layers.0.q_proj": (2, 4 / 2**0.5), "lm_head": (4, 1.5)}
 
 
 def test_embedding_is_opened(make_adapter: MakeAdapter) -> None:
@@ -87,8 +99,9 @@ def test_embedding_is_opened(make_adapter: MakeAdapter) -> None:
     )
     (module,) = open_adapter(folder).modules
     assert module.is_embedding
-    assert (module.module, module.rank) == ("model.embed_tokens", 2)
-    assert (module.a.shape, module.b.shape) == ((2, 9), (4, 2))
+    assert module.module == "model.embed_tokens"
+    shapes = {name: tensor.shape for name, tensor in module.tensors.items()}
+    assert shapes == {"lora_embedding_A": (2, 9), "lora_embedding_B": (4, 2)}
 
 
 def test_dora_and_lora_bias_are_opened(make_adapter: MakeAdapter) -> None:
@@ -98,10 +111,8 @@ def test_dora_and_lora_bias_are_opened(make_adapter: MakeAdapter) -> None:
         lora_bias=True,
     )
     (module,) = open_adapter(folder).modules
-    assert module.magnitude is not None
-    assert module.b_bias is not None
-    assert module.magnitude.name == f"{Q}.lora_magnitude_vector"
-    assert module.b_bias.name == f"{Q}.lora_B.bias"
+    assert module.tensors["lora_magnitude_vector"].name == f"{Q}.lora_magnitude_vector"
+    assert module.tensors["lora_B.bias"].name == f"{Q}.lora_B.bias"
 
 
 def test_replacements_and_base_copies_are_told_apart(make_adapter: MakeAdapter) -> None:
@@ -149,11 +160,12 @@ def test_saved_twin_alone_is_the_replacement(make_adapter: MakeAdapter) -> None:
 def test_mergeable_dtypes_are_opened(make_adapter: MakeAdapter, dtype: torch.dtype) -> None:
     folder = make_adapter({A: zeros(2, 5, dtype=dtype), B: zeros(3, 2, dtype=dtype)})
     (module,) = open_adapter(folder).modules
-    assert module.a.dtype.is_mergeable
+    assert all(tensor.dtype.is_mergeable for tensor in module.tensors.values())
 
 
 @pytest.mark.parametrize(
-    ("dtype", "name"), [(torch.int8, Dtype.I8), (torch.float8_e4m3fn, Dtype.F8_E4M3)]
+    ("dtype", "name"),
+    [(torch.int8, Dtype.I8), (torch.bool, Dtype.BOOL), (torch.float8_e4m3fn, Dtype.F8_E4M3)],
 )
 def test_other_dtypes_are_refused(
     make_adapter: MakeAdapter, dtype: torch.dtype, name: Dtype
@@ -177,28 +189,27 @@ def test_ungathered_shard_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("a", "b"), [((3, 5), (3, 3)), ((2, 5), (3, 3)), ((3, 5), (3, 2)), ((5, 2), (2, 3))]
+    ("a", "b"),
+    [
+        ((2, 5), (3, 2, 1)),
+        ((2, 5, 3), (3, 2)),
+        ((2, 5, 3, 3), (3, 2, 3, 3)),
+        ((2, 5, 3, 3), (3, 2, 1)),
+    ],
 )
-def test_rank_mismatch_is_refused(
-    make_adapter: MakeAdapter, a: tuple[int, int], b: tuple[int, int]
-) -> None:
-    fault = fault_of(make_adapter({A: zeros(*a), B: zeros(*b)}))
-    assert fault.what == "rank of the tensors and of adapter_config.json disagree"
-    assert (fault.expected, fault.got) == ("r = 2", f"lora_A {a}, lora_B {b}")
-
-
-def test_rank_of_a_pattern_must_fit_too(make_adapter: MakeAdapter) -> None:
-    assert fault_of(make_adapter(plain(), rank_pattern={"q_proj": 3})).expected == "r = 3"
-
-
-@pytest.mark.parametrize(
-    ("a", "b"), [((2, 5, 3, 3), (3, 2, 1, 1)), ((2, 5), (3, 2, 1)), ((), (3, 2))]
-)
-def test_convolution_is_refused(
+def test_factors_that_cannot_be_multiplied_are_refused(
     make_adapter: MakeAdapter, a: tuple[int, ...], b: tuple[int, ...]
 ) -> None:
     fault = fault_of(make_adapter({A: zeros(*a), B: zeros(*b)}))
-    assert fault.what == "adapter is on a convolution, which is not merged by this version"
+    assert fault.what == "factors of the adapter do not belong together"
+    assert fault.got == f"lora_A {a}, lora_B {b}"
+
+
+@pytest.mark.parametrize("window", [(3,), (3, 3), (2, 3, 1)])
+def test_a_convolution_is_opened(make_adapter: MakeAdapter, window: tuple[int, ...]) -> None:
+    one = (1,) * len(window)
+    (module,) = open_adapter(make_adapter({A: zeros(2, 5, *window), B: zeros(3, 2, *one)})).modules
+    assert module.tensors["lora_A"].shape == (2, 5, *window)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +244,7 @@ def test_magnitude_without_dora_is_refused(make_adapter: MakeAdapter) -> None:
 
 
 @pytest.mark.parametrize("key", [f"{Q}.lora_magnitude_vector", f"{Q}.lora_B.bias"])
-@pytest.mark.parametrize("shape", [(2,), (3, 1), (0,), ()])
+@pytest.mark.parametrize("shape", [(2,), (2, 3), (3, 3), (0,), ()])
 def test_vector_that_does_not_fit_is_refused(
     make_adapter: MakeAdapter, key: str, shape: tuple[int, ...]
 ) -> None:
@@ -241,6 +252,22 @@ def test_vector_that_does_not_fit_is_refused(
     fault = fault_of(folder)
     assert fault.what == "vector does not fit lora_B"
     assert (fault.expected, fault.got) == ("(3,)", str(shape))
+
+
+@pytest.mark.parametrize("key", [f"{Q}.lora_magnitude_vector", f"{Q}.lora_B.bias"])
+def test_a_scalar_is_no_vector(make_adapter: MakeAdapter, key: str) -> None:
+    tensors = {A: zeros(2, 5), B: zeros(1, 2), key: zeros()}
+    fault = fault_of(make_adapter(tensors, use_dora="magnitude" in key))
+    assert (fault.what, fault.got) == ("vector does not fit lora_B", "()")
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (3, 1), (1, 3, 1, 1)])
+def test_a_magnitude_may_have_dimensions_of_one(
+    make_adapter: MakeAdapter, shape: tuple[int, ...]
+) -> None:
+    key = f"{Q}.lora_magnitude_vector"
+    (module,) = open_adapter(make_adapter({**plain(), key: zeros(*shape)}, use_dora=True)).modules
+    assert module.tensors["lora_magnitude_vector"].shape == shape
 
 
 @pytest.mark.parametrize("key", [f"{Q}.lora_magnitude_vector", f"{Q}.lora_B.bias"])
@@ -288,3 +315,136 @@ def test_damaged_tensors_are_a_checkpoint_error(make_adapter: MakeAdapter, name:
     (folder / name).write_bytes(b"damaged file")
     with pytest.raises(CheckpointError, match=name):
         open_adapter(folder)
+
+
+# tensors of other forms
+
+
+def test_wrapped_parameters_are_modules_of_their_own(make_adapter: MakeAdapter) -> None:
+    path = "base_model.model.model.layers.0.mlp.experts"
+    tensors = {
+        f"{path}.base_layer.lora_A.weight": zeros(8, 5),
+        f"{path}.base_layer.lora_B.weight": zeros(6, 8),
+        f"{path}.lora_A.weight": zeros(8, 3),
+        f"{path}.lora_B.weight": zeros(5, 8),
+    }
+    modules = open_adapter(make_adapter(tensors)).modules
+    found = {(m.module, m.depth): m.tensors["lora_A"].shape for m in modules}
+    experts = "model.layers.0.mlp.experts"
+    assert found == {(experts, 1): (8, 5), (experts, 0): (8, 3)}
+
+
+def test_the_projection_inside_a_wrapped_layer_is_told_apart(make_adapter: MakeAdapter) -> None:
+    path = "base_model.model.attn"
+    tensors = {
+        f"{path}.lora_A.weight": zeros(2, 4),
+        f"{path}.lora_B.weight": zeros(12, 2),
+        f"{path}.base_layer.out_proj.lora_A.weight": zeros(2, 4),
+        f"{path}.base_layer.out_proj.lora_B.weight": zeros(4, 2),
+    }
+    modules = open_adapter(make_adapter(tensors)).modules
+    assert {(m.module, m.is_inner) for m in modules} == {("attn", False), ("attn.out_proj", True)}
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        ([4, 0, 7], (4, 0, 7)),
+        ({"embed_tokens": [4, 0, 7]}, (4, 0, 7)),
+        ({"tokens": [1], "embed_tokens": [4, 0, 7]}, (4, 0, 7)),
+        # the longest end of the path
+        ({"embed_tokens": [1], "model.embed_tokens": [4, 0, 7]}, (4, 0, 7)),
+        # a tied head, or a wrapper's name
+        ({"wte": [4, 0, 7]}, (4, 0, 7)),
+    ],
+)
+def test_rows_of_tokens_have_their_indices(
+    make_adapter: MakeAdapter, named: object, expected: tuple[int, ...]
+) -> None:
+    key = f"{EMBED}.token_adapter.trainable_tokens_delta"
+    folder = make_adapter({key: zeros(3, 5)}, trainable_token_indices=named)
+    (rows,) = open_adapter(folder).rows
+    assert (rows.module, rows.tensor.name, rows.indices) == ("model.embed_tokens", key, expected)
+
+
+def test_an_adapter_of_token_rows_alone(make_adapter: MakeAdapter) -> None:
+    folder = make_adapter(
+        {f"{EMBED}.trainable_tokens_delta": zeros(1, 5)},
+        peft_type="TRAINABLE_TOKENS",
+        token_indices=[2],
+    )
+    adapter = open_adapter(folder)
+    assert adapter.config.tuner is all_tuners()["TRAINABLE_TOKENS"]
+    assert (adapter.modules, [rows.indices for rows in adapter.rows]) == ((), [(2,)])
+
+
+@pytest.mark.parametrize(
+    ("indices", "shape", "expected"),
+    [
+        (None, (2, 5), "none"),
+        ({"lm_head": [1, 2], "wte": [1, 2]}, (2, 5), "none"),
+        ([1, 2, 3], (2, 5), "3 rows"),
+        ([1, 2], (2,), "2 rows"),
+        ([1, 2], (2, 5, 1), "2 rows"),
+        ([1, 2], (), "2 rows"),
+    ],
+)
+def test_rows_without_their_indices_are_refused(
+    make_adapter: MakeAdapter, indices: object, shape: tuple[int, ...], expected: str
+) -> None:
+    key = f"{EMBED}.token_adapter.trainable_tokens_delta"
+    fault = fault_of(make_adapter({key: zeros(*shape)}, trainable_token_indices=indices))
+    assert fault.what == "token rows and the indices in adapter_config.json disagree"
+    assert (fault.expected, fault.got) == (expected, str(shape))
+
+
+def test_a_row_that_is_named_twice_is_refused(make_adapter: MakeAdapter) -> None:
+    key = f"{EMBED}.token_adapter.trainable_tokens_delta"
+    fault = fault_of(make_adapter({key: zeros(2, 5)}, trainable_token_indices=[3, 3]))
+    assert fault.what == "token indices name a row twice"
+
+
+def test_rows_hold_values(make_adapter: MakeAdapter) -> None:
+    key = f"{EMBED}.token_adapter.trainable_tokens_delta"
+    tensors = {key: zeros(2, 5, dtype=torch.int8)}
+    fault = fault_of(make_adapter(tensors, trainable_token_indices=[3, 4]))
+    assert (fault.what, fault.got) == ("adapter tensor has a dtype that cannot be merged", "I8")
+
+
+class Sharing(Lora):
+    """All of its modules share a tensor."""
+
+    peft_type = "LORA"
+    shared = frozenset({"common"})
+
+
+@pytest.fixture
+def _sharing(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = {**all_tuners(), "LORA": Sharing()}
+    monkeypatch.setattr("streammerge.adapters.config.all_tuners", lambda: registry)
+
+
+@pytest.mark.usefixtures("_sharing")
+def test_shared_tensors_stand_beside_the_modules(make_adapter: MakeAdapter) -> None:
+    adapter = open_adapter(make_adapter({**plain(), "base_model.common": zeros(4, 4)}))
+    assert {name: tensor.shape for name, tensor in adapter.shared.items()} == {"common": (4, 4)}
+    assert len(adapter.modules) == 1
+
+
+@pytest.mark.usefixtures("_sharing")
+def test_a_shared_tensor_that_is_there_twice_or_of_another_dtype(
+    make_adapter: MakeAdapter,
+) -> None:
+    twice = {**plain(), "base_model.common": zeros(1), "base_model.common.default": zeros(1)}
+    assert fault_of(make_adapter(twice)).what == "two keys of the adapter mean the same tensor"
+    narrow = {**plain(), "base_model.common": zeros(1).to(torch.float8_e4m3fn)}
+    assert fault_of(make_adapter(narrow)).got == "F8_E4M3"
+
+
+def test_two_keys_for_the_same_rows_are_refused(make_adapter: MakeAdapter) -> None:
+    tensors = {
+        f"{EMBED}.token_adapter.trainable_tokens_delta": zeros(1, 5),
+        f"{EMBED}.trainable_tokens_delta": zeros(1, 5),
+    }
+    fault = fault_of(make_adapter(tensors, trainable_token_indices=[3]))
+    assert fault.what == "two keys of the adapter mean the same tensor"

@@ -6,15 +6,16 @@ import itertools
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
 
+from streammerge.adapters.terms import Factor, Region, TunerTerm
 from streammerge.backends.base import TargetFactors, Tile
 from streammerge.backends.select import check_device, select_backend
 from streammerge.backends.torch_cpu import TorchCpuBackend, torch_dtype
@@ -27,11 +28,13 @@ from streammerge.plan.ops import ApplyTerms, BiasTerm, LoraTerm, TensorPlan, Ter
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from streammerge.adapters.terms import Weight
     from streammerge.plan.ops import Numerics
 
 WORK = [Dtype.BF16, Dtype.F16, Dtype.F32, Dtype.F64]
 SHAPES = [(1, 1), (1, 7), (3, 5), (4, 64), (5, 33), (17, 129), (64, 31)]
 POISON = 0xA5
+NUMBERS = itertools.count()
 
 
 @pytest.fixture(autouse=True)
@@ -50,17 +53,27 @@ class Case:
     work: Dtype
     out: Dtype
     source: Dtype
+    shape: tuple[int, ...] | None = None
+    """Of the target, if the weight is a view of it as a matrix."""
 
     @property
     def target(self) -> TensorPlan:
-        shape = tuple(self.weight.shape)
+        shape = self.shape or tuple(self.weight.shape)
         stored = StoredTensor("w", self.source, shape, Path("x"), 0)
         op = ApplyTerms(self.work, tuple(term for term, _ in self.terms))
         return TensorPlan("w", self.out, stored, op, "merged")
 
     @property
-    def raw(self) -> list[bytearray]:
-        return [bytearray(to_bytes(t)) for _, tensors in self.terms for t in tensors]
+    def raw(self) -> dict[StoredTensor, bytearray]:
+        return {
+            factor: bytearray(to_bytes(tensor))
+            for term, tensors in self.terms
+            for factor, tensor in zip(term.factors, tensors, strict=True)
+        }
+
+    def read_source(self, offset: int, buffer: memoryview) -> None:
+        """Give a part of the weight, as the engine reads it from the base."""
+        buffer[:] = to_bytes(self.weight)[offset : offset + len(buffer)]
 
 
 def to_bytes(tensor: torch.Tensor) -> bytes:
@@ -68,7 +81,8 @@ def to_bytes(tensor: torch.Tensor) -> bytes:
 
 
 def stored(tensor: torch.Tensor, dtype: Dtype = Dtype.F32) -> StoredTensor:
-    return StoredTensor("f", dtype, tuple(tensor.shape), Path("x"), 0)
+    """Give a tensor a name of its own: factors are told apart by it."""
+    return StoredTensor(f"f{next(NUMBERS)}", dtype, tuple(tensor.shape), Path("x"), 0)
 
 
 def case(
@@ -100,8 +114,8 @@ def case(
         if magnitude is not None:
             tensors.append(magnitude)
         term = LoraTerm(
-            stored(tensors[0]),
-            stored(tensors[1]),
+            Factor(stored(tensors[0])),
+            Factor(stored(tensors[1])),
             scaling * (number + 1),
             is_transposed,
             rounds_delta,
@@ -121,7 +135,7 @@ def apply(
 ) -> tuple[torch.Tensor, bool]:
     """Merge tile by tile as the pipeline does; check that nothing around a tile is touched."""
     backend = TorchCpuBackend(numerics=numerics, scratch_bytes=scratch_bytes)
-    factors = backend.load_factors(one.target, one.raw)
+    factors = backend.load_factors(one.target, one.raw, one.read_source)
     rows = one.weight.shape[0]
     pieces, is_finite = b"", True
     for begin, end in itertools.pairwise(edges or [0, rows]):
@@ -425,7 +439,7 @@ def test_threads_at_the_same_time_give_the_bits_of_one(work: Dtype, kind: str) -
         dora=kind == "dora",
     )
     backend = TorchCpuBackend(numerics="peft", scratch_bytes=2000)
-    factors = backend.load_factors(one.target, one.raw)
+    factors = backend.load_factors(one.target, one.raw, one.read_source)
     edges = [*range(0, 64, 4), 67]
     tiles = list(itertools.pairwise(edges))
     expected = [merge_tile(backend, factors, one, rows) for rows in tiles]
@@ -458,7 +472,9 @@ def test_a_product_is_as_large_as_the_tuning_says(monkeypatch: pytest.MonkeyPatc
         one = case(100, 40, rank=rank)
         backend = TorchCpuBackend(numerics="peft", scratch_bytes=scratch_bytes, tuning=tuning)
         seen.clear()
-        merge_tile(backend, backend.load_factors(one.target, one.raw), one, (0, 100))
+        merge_tile(
+            backend, backend.load_factors(one.target, one.raw, one.read_source), one, (0, 100)
+        )
         # a short tail joins the last one, and still fits
         assert set(seen[:-1]) == {rows}
         assert seen[-1] < rows + 4
@@ -471,15 +487,359 @@ def test_zero_rows_of_dora_are_not_finite() -> None:
     assert apply(one)[1] is False
 
 
+# parts of a target
+
+EXPERTS, ROWS, COLUMNS = 3, 11, 14
+COLUMN_RANGES = [range(COLUMNS), range(0, COLUMNS, 2), range(1, COLUMNS, 2), range(3, 9)]
+
+
+def experts_case(
+    *,
+    work: Dtype,
+    columns: range = COLUMN_RANGES[0],
+    is_transposed: bool = False,
+    rounds_delta: bool = True,
+    turns: int = 1,
+    only: int | None = None,
+) -> Case:
+    """A fused tensor; each expert takes its part of the factors of all."""
+    random = torch.Generator().manual_seed(11)
+    rank, made = 4, []
+    n, k = (len(columns), ROWS) if is_transposed else (ROWS, len(columns))
+    weight = torch.randn((EXPERTS * ROWS, COLUMNS), generator=random).to(torch_dtype(work))
+    for turn in range(turns):
+        tensors = [
+            torch.randn((EXPERTS * rank, k), generator=random),
+            torch.randn((n, EXPERTS * rank), generator=random),
+        ]
+        a, b = map(stored, tensors)
+        for expert in range(EXPERTS) if only is None else [only]:
+            term = LoraTerm(
+                Factor(a, rows=range(expert * rank, (expert + 1) * rank)),
+                Factor(b, columns=range(expert, EXPERTS * rank, EXPERTS)),
+                0.7 + turn,
+                is_transposed,
+                rounds_delta,
+                region=Region(range(expert * ROWS, (expert + 1) * ROWS), columns),
+            )
+            made.append((term, tensors))
+    return Case(weight, made, work, work, work, (EXPERTS, ROWS, COLUMNS))
+
+
+def add_whole(one: Case, numerics: Numerics) -> torch.Tensor:
+    """Add the whole product of each term to its region, rounding as PEFT does or once."""
+    compute = torch.float64 if one.work is Dtype.F64 else torch.float32
+    work = torch_dtype(one.work)
+    wide = one.weight.to(compute, copy=True)
+    for term, tensors in one.terms:
+        assert isinstance(term, LoraTerm)
+        a, b = (tensor.to(compute) for tensor in tensors)
+        if term.a.rows is not None and term.b.columns is not None:
+            a = a[term.a.rows.start : term.a.rows.stop]
+            b = b[:, term.b.columns.start :: term.b.columns.step].contiguous()
+        delta = torch.mm(b, a) * term.scaling
+        delta = delta.T if term.is_transposed else delta
+        rows, columns = range(len(wide)), range(wide.shape[1])
+        if term.region is not None:
+            rows, columns = term.region.rows, term.region.columns
+        part = wide[rows.start : rows.stop, columns.start : columns.stop : columns.step]
+        if numerics == "peft":
+            delta = delta.to(work) if term.rounds_delta else delta
+            part.copy_((part.to(work) + delta).to(work))
+        else:
+            part += delta
+    return wide.to(work)
+
+
+@pytest.mark.parametrize("work", WORK, ids=str)
+@pytest.mark.parametrize("numerics", ["peft", "fp32"])
+@pytest.mark.parametrize("columns", COLUMN_RANGES, ids=str)
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("rounds_delta", [False, True])
+def test_a_term_changes_its_region_alone(
+    work: Dtype, numerics: Numerics, columns: range, is_transposed: bool, rounds_delta: bool
+) -> None:
+    one = experts_case(
+        work=work, columns=columns, is_transposed=is_transposed, rounds_delta=rounds_delta
+    )
+    result, is_finite = apply(one, numerics=numerics)
+    assert is_finite
+    assert torch.equal(result, add_whole(one, numerics))
+    untouched = [at for at in range(COLUMNS) if at not in columns]
+    assert torch.equal(result[:, untouched], one.weight[:, untouched])
+
+
+@pytest.mark.parametrize("work", WORK, ids=str)
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("columns", COLUMN_RANGES[:2], ids=str)
+def test_bits_of_regions_do_not_depend_on_scratch_or_tiles(
+    work: Dtype, is_transposed: bool, columns: range
+) -> None:
+    one = experts_case(work=work, is_transposed=is_transposed, columns=columns, turns=2)
+    expected = add_whole(one, "peft")
+    # of a region there are from one row to all of them in a tile
+    every = [[0, at, 33] for at in range(4, 30)]
+    for edges in (*every, [0, 4, 8, 12, 16, 20, 24, 28, 33], [0, 9, 14, 20, 24, 33]):
+        for scratch_bytes in (64, 1000, 1 << 20):
+            result, _ = apply(one, scratch_bytes=scratch_bytes, edges=edges)
+            assert torch.equal(result, expected), (edges, scratch_bytes)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_regions_of_few_rows(rows: int, is_transposed: bool) -> None:
+    random = torch.Generator().manual_seed(rows)
+    weight = torch.randn((12, 40), generator=random).bfloat16()
+    made: list[tuple[Term, list[torch.Tensor]]] = []
+    for start in (0, 4, 12 - rows):
+        n, k = (40, rows) if is_transposed else (rows, 40)
+        tensors = [torch.randn((64, k), generator=random), torch.randn((n, 64), generator=random)]
+        a, b = (Factor(stored(tensor)) for tensor in tensors)
+        region = Region(range(start, start + rows), range(40))
+        term = LoraTerm(a, b, 1.3, is_transposed, rounds_delta=True, region=region)
+        made.append((term, tensors))
+    one = Case(weight, made, Dtype.BF16, Dtype.BF16, Dtype.BF16)
+    for edges in ([0, 12], [0, 4, 12], [0, 8, 12], [0, 4, 8, 12], [0, 5, 12], [0, 7, 12]):
+        assert torch.equal(apply(one, edges=edges)[0], add_whole(one, "peft")), edges
+
+
+def test_rows_that_no_region_has_keep_their_bits() -> None:
+    one = experts_case(work=Dtype.BF16, only=1)
+    one.weight[0, 0] = -0.0
+    result, _ = apply(one, edges=[0, 4, 9, 33])
+    for rows in (range(ROWS), range(2 * ROWS, 3 * ROWS)):
+        kept = result[rows.start : rows.stop].view(torch.int16)
+        assert torch.equal(kept, one.weight[rows.start : rows.stop].view(torch.int16))
+    assert not torch.equal(result[ROWS : 2 * ROWS], one.weight[ROWS : 2 * ROWS])
+
+
+@pytest.mark.parametrize("work", [Dtype.BF16, Dtype.F32], ids=str)
+@pytest.mark.parametrize("numerics", ["peft", "fp32"])
+@pytest.mark.parametrize("order", ["part first", "whole first", "part, whole, part"])
+def test_parts_and_the_whole_are_rounded_in_turn(
+    work: Dtype, numerics: Numerics, order: str
+) -> None:
+    one = case(13, 10, work=work, terms=3)
+    region = Region(range(13), range(10))
+    parts = {"part first": [0], "whole first": [1, 2], "part, whole, part": [0, 2]}[order]
+    for number in parts:
+        term, tensors = one.terms[number]
+        assert isinstance(term, LoraTerm)
+        one.terms[number] = (replace(term, region=region), tensors)
+    expected = add_whole(one, numerics)
+    for edges in ([0, 13], [0, 4, 13], [0, 5, 9, 13]):
+        assert torch.equal(apply(one, numerics=numerics, edges=edges)[0], expected), edges
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_region_that_is_not_finite_is_seen(value: float) -> None:
+    one = experts_case(work=Dtype.BF16)
+    one.terms[0][1][0][5, 3] = value
+    assert apply(one)[1] is False
+
+
+# terms that bring their arithmetic along
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled(TunerTerm):
+    """Multiply by a number per row, in the dtype of the weight."""
+
+    vector: StoredTensor
+    in_place: bool = True
+
+    @property
+    def factors(self) -> tuple[StoredTensor, ...]:
+        return (self.vector,)
+
+    def apply(self, rows: torch.Tensor, begin: int, state: Any) -> torch.Tensor:
+        factor = state[0][begin : begin + len(rows)].to(rows.dtype).view(-1, 1)
+        return rows.mul_(factor) if self.in_place else rows * factor
+
+
+@dataclass(frozen=True, slots=True)
+class Centred(TunerTerm):
+    """Take away the mean of each column, which is known after a look at all of the weight."""
+
+    by_tiles: bool
+    seen: list[tuple[tuple[int, ...], torch.dtype, torch.dtype]]
+
+    @property
+    def factors(self) -> tuple[StoredTensor, ...]:
+        return ()
+
+    def prepare(self, factors: list[torch.Tensor], weight: Weight) -> torch.Tensor:
+        self.seen.append((weight.shape, weight.dtype, weight.compute_dtype))
+        if self.by_tiles:
+            parts = [(begin, rows.clone()) for begin, rows in weight.tiles()]
+            assert [begin for begin, _ in parts] == [
+                sum(len(rows) for _, rows in parts[:number]) for number in range(len(parts))
+            ]
+            whole = torch.cat([rows for _, rows in parts])
+        else:
+            whole = weight.whole()
+        assert whole.dtype is weight.dtype
+        return whole.double().mean(dim=0)
+
+    def apply(self, rows: torch.Tensor, begin: int, state: torch.Tensor) -> torch.Tensor:
+        return (rows.double() - state).to(rows.dtype)
+
+
+@pytest.mark.parametrize("work", WORK, ids=str)
+@pytest.mark.parametrize("numerics", ["peft", "fp32"])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("out", [None, Dtype.F32, Dtype.BF16], ids=str)
+def test_a_tuner_s_term_sees_what_peft_sees(
+    work: Dtype, numerics: Numerics, in_place: bool, out: Dtype | None
+) -> None:
+    one = case(17, 9, work=work, out=out, terms=2)
+    vector = torch.linspace(-1, 2, 17)
+    scaled: tuple[Term, list[torch.Tensor]] = (Scaled(stored(vector), in_place), [vector])
+    one.terms.insert(1, scaled)
+    compute = torch.float64 if work is Dtype.F64 else torch.float32
+    narrow = torch_dtype(work) if numerics == "peft" else compute
+    expected = one.weight.to(narrow)
+    for term, tensors in one.terms:
+        wide = [tensor.to(compute) for tensor in tensors]
+        if isinstance(term, LoraTerm):
+            delta = torch.mm(wide[1], wide[0]) * term.scaling
+            expected = (expected.to(compute) + delta).to(narrow)
+        else:
+            expected = expected * vector.to(narrow).view(-1, 1)
+    if numerics == "fp32" and work is not one.out:
+        expected = expected.to(compute)
+    expected = expected.to(torch_dtype(one.out))
+    for edges in ([0, 17], [0, 4, 9, 17]):
+        for scratch_bytes in (64, 1 << 20):
+            result, _ = apply(
+                one, numerics=numerics, edges=edges, scratch_bytes=scratch_bytes, spare=32
+            )
+            assert torch.equal(result, expected), (edges, scratch_bytes)
+
+
+@pytest.mark.parametrize("work", WORK, ids=str)
+@pytest.mark.parametrize("numerics", ["peft", "fp32"])
+@pytest.mark.parametrize("by_tiles", [False, True])
+@pytest.mark.parametrize("scratch_bytes", [64, 400, 1 << 20])
+def test_a_term_may_look_at_the_weight_after_the_terms_before_it(
+    work: Dtype, numerics: Numerics, by_tiles: bool, scratch_bytes: int
+) -> None:
+    one = case(37, 9, work=work, terms=1)
+    before, _ = apply(one, numerics=numerics)
+    compute = torch.float64 if work is Dtype.F64 else torch.float32
+    dtype = torch_dtype(work) if numerics == "peft" else compute
+    term, (a, b) = one.terms[0]
+    assert isinstance(term, LoraTerm)
+    if numerics == "fp32":
+        delta = torch.mm(b.to(compute), a.to(compute)) * term.scaling
+        before = one.weight.to(compute) + delta
+    centred = Centred(by_tiles, [])
+    one.terms.append((centred, []))
+    # what comes after it is not in what it sees
+    one.terms += case(37, 9, work=work, terms=1).terms
+    result, _ = apply(one, numerics=numerics, scratch_bytes=scratch_bytes, edges=[0, 4, 20, 37])
+    expected = (before.double() - before.double().mean(dim=0)).to(dtype)
+    _, (a, b) = one.terms[2]
+    delta = torch.mm(b.to(compute), a.to(compute)) * term.scaling
+    expected = (expected.to(compute) + delta).to(dtype).to(torch_dtype(work))
+    assert torch.equal(result, expected)
+    assert centred.seen == [((37, 9), dtype, compute)]
+
+
+def test_an_unread_weight_is_no_matter_where_no_term_looks_at_it() -> None:
+    one = case(9, 7, work=Dtype.BF16)
+    backend = TorchCpuBackend(numerics="peft")
+    factors = backend.load_factors(one.target, one.raw)
+    expected, _ = apply(one)
+    piece, _ = merge_tile(backend, factors, one, (0, 9))
+    assert piece == to_bytes(expected)
+
+
+@dataclass(frozen=True, slots=True)
+class Counting(Scaled):
+    """It wants torch's threads, and keeps how many there are."""
+
+    depends_on_threads: ClassVar[bool] = True
+    seen: list[int] = field(default_factory=list)
+
+    def prepare(self, factors: list[torch.Tensor], weight: Weight) -> list[torch.Tensor]:
+        self.seen.append(torch.get_num_threads())
+        return factors
+
+
+def test_a_term_has_torch_s_threads_while_it_needs_them() -> None:
+    vector = torch.ones(9)
+    for threads, term_type, expected in ((3, Counting, 3), (1, Counting, 1)):
+        torch.set_num_threads(threads)
+        term = term_type(stored(vector))
+        one = Case(torch.ones(9, 4), [(term, [vector])], Dtype.F32, Dtype.F32, Dtype.F32)
+        apply(one)
+        assert term.seen == [expected]
+        assert torch.get_num_threads() == 1
+
+
+def test_threads_are_taken_back_from_a_term_that_fails() -> None:
+    class Failing(Counting):
+        def prepare(self, factors: list[torch.Tensor], weight: Weight) -> list[torch.Tensor]:
+            raise RuntimeError("broken")
+
+    torch.set_num_threads(3)
+    vector = torch.ones(9)
+    one = Case(torch.ones(9, 4), [(Failing(stored(vector)), [vector])], *[Dtype.F32] * 3)
+    with pytest.raises(RuntimeError, match="broken"):
+        apply(one)
+    assert torch.get_num_threads() == 1
+
+
+# DoRA on weights that are stored transposed
+
+
+@pytest.mark.parametrize("work", WORK, ids=str)
+@pytest.mark.parametrize("numerics", ["peft", "fp32"])
+@pytest.mark.parametrize("shape", [(5, 3), (33, 12), (12, 33), (40, 1)], ids=str)
+def test_transposed_dora_scales_columns(
+    work: Dtype, numerics: Numerics, shape: tuple[int, int]
+) -> None:
+    one = case(*shape, work=work, is_transposed=True, dora=True)
+    (term, (a, b, magnitude)) = one.terms[0]
+    assert isinstance(term, LoraTerm)
+    compute = torch.float64 if work is Dtype.F64 else torch.float32
+    delta = (torch.mm(b.to(compute), a.to(compute)) * term.scaling).T
+    total = one.weight.to(compute) + delta
+    norm = torch.linalg.vector_norm(total.double(), dim=0)
+    expected = total.double() * magnitude.double() / norm
+    rounding = eps(work) + (shape[0] + 8) * torch.finfo(compute).eps
+    whole, is_finite = apply(one, numerics=numerics)
+    assert is_finite
+    error = (whole.double() - expected).abs()
+    assert bool((error <= expected.abs() * rounding + torch.finfo(whole.dtype).tiny).all())
+    for edges in ([0, 4, shape[0]] if shape[0] > 8 else [0, shape[0]],):
+        for scratch_bytes in (64, 1000):
+            result, _ = apply(one, numerics=numerics, edges=edges, scratch_bytes=scratch_bytes)
+            assert torch.equal(result, whole)
+
+
+def test_transposed_dora_looks_at_what_an_adapter_before_it_made() -> None:
+    one = case(33, 12, is_transposed=True, dora=True, terms=2)
+    first, _ = apply(replace_terms(one, one.terms[:1]))
+    alone = replace_terms(one, one.terms[1:])
+    alone.weight = first
+    expected, _ = apply(alone)
+    assert torch.equal(apply(one, edges=[0, 4, 20, 33], scratch_bytes=64)[0], expected)
+
+
+def replace_terms(one: Case, terms: list[tuple[Term, list[torch.Tensor]]]) -> Case:
+    return replace(one, terms=terms)
+
+
 @pytest.mark.parametrize("dtype", [Dtype.BF16, Dtype.F16, Dtype.F64], ids=str)
 def test_factors_may_have_any_float_dtype(dtype: Dtype) -> None:
     one = case(9, 11, work=Dtype.F32)
     term, tensors = one.terms[0]
     assert isinstance(term, LoraTerm)
     narrow = [tensor.to(torch_dtype(dtype)) for tensor in tensors]
-    narrowed = LoraTerm(
-        stored(narrow[0], dtype), stored(narrow[1], dtype), term.scaling, False, False
-    )
+    a, b = (Factor(stored(factor, dtype)) for factor in narrow)
+    narrowed = LoraTerm(a, b, term.scaling, False, False)
     one.terms = [(narrowed, narrow)]
     assert_close(one, apply(one)[0])
 
@@ -491,7 +851,7 @@ def test_a_scalar_and_a_vector_are_cast() -> None:
         backend = TorchCpuBackend(numerics="peft")
         buffer = bytearray(to_bytes(weight))
         rows = weight.shape[0] if weight.shape else 1
-        factors = backend.load_factors(target, [])
+        factors = backend.load_factors(target, {})
         tile = Tile(target, 0, rows, memoryview(buffer), output_offset=0, source_offset=0)
         assert backend.apply(tile, factors)
         count = weight.numel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -138,9 +139,36 @@ def test_what_a_person_reads(config: Path, folders: tuple[Path, Path]) -> None:
     for word in ("4: 2 copied", "q_proj (1)", "3, each used once", "peak memory", "peft"):
         assert word in planned
     assert "q_proj" in invoke("inspect", folders[0]).output
-    assert "1 whole tensors" in invoke("inspect", folders[1]).output
+    inspected = invoke("inspect", folders[1]).output
+    for line in ("kind *LORA", r"merge *W \+ scaling \* B @ A", "whole tensors *1", "rank *2"):
+        assert re.search(rf"^{line}$", inspected, re.MULTILINE), line
     exported = invoke("export", config, "threads=1").output
     assert "4: 2 changed, 2 copied byte for byte" in exported
+
+
+def test_a_person_reads_what_is_special_about_an_adapter(folders: tuple[Path, Path]) -> None:
+    path = folders[1] / "adapter_config.json"
+    options = {
+        "use_rslora": True,
+        "target_parameters": ["experts.gate_up_proj"],
+        "layer_replication": [[0, 2], [1, 3]],
+    }
+    path.write_text(json.dumps({**json.loads(path.read_text()), **options}))
+    output = invoke("inspect", folders[1]).output
+    for line in (
+        "kind *LORA, rsLoRA",
+        r"parameters *experts\.gate_up_proj",
+        "layers .*0 to 1, 1 to 2",
+    ):
+        assert re.search(rf"^{line}$", output, re.MULTILINE), line
+
+
+def test_a_person_reads_why_an_adapter_cannot_be_merged(folders: tuple[Path, Path]) -> None:
+    (folders[1] / "adapter_config.json").write_text('{"peft_type": "PREFIX_TUNING"}')
+    result = invoke("inspect", folders[1])
+    assert result.exit_code == 0
+    assert re.search("^kind *PREFIX_TUNING$", result.output, re.MULTILINE)
+    assert "not possible: adapter has no merged form" in result.output
 
 
 @pytest.mark.parametrize(

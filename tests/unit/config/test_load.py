@@ -216,10 +216,11 @@ def test_long_value_is_cut_in_the_message() -> None:
     assert len(fault.got) <= 120
 
 
-@pytest.mark.parametrize("kind", ["full", "freeze", "oft"])
+@pytest.mark.parametrize("kind", ["full", "freeze"])
 def test_adapter_needs_lora(kind: str) -> None:
     fault = fault_of(adapter_name_or_path="a", finetuning_type=kind)
-    assert fault.what.startswith(f"adapter_name_or_path needs finetuning_type: lora, not {kind}; ")
+    said = f"adapter_name_or_path needs finetuning_type: lora or oft, not {kind}; "
+    assert fault.what.startswith(said)
     assert parse(finetuning_type=kind).finetuning_type == kind
 
 

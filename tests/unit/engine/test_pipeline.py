@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 import xxhash
 
+from streammerge.adapters.terms import Factor, Region
 from streammerge.checkpoint.direct import DirectWriter
 from streammerge.checkpoint.header import StoredTensor
 from streammerge.checkpoint.reader import BufferedReader
@@ -21,17 +23,17 @@ from streammerge.engine.pipeline import Pipeline
 from streammerge.errors import CheckpointError, NonFiniteError
 from streammerge.plan.layout import Layout, ShardPlan, lay_out
 from streammerge.plan.memory import MemoryPlan
-from streammerge.plan.ops import ApplyTerms, BiasTerm, CopyBytes, TensorPlan
+from streammerge.plan.ops import ApplyTerms, BiasTerm, CopyBytes, LoraTerm, TensorPlan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from streammerge.backends.base import Tile
+    from streammerge.backends.base import SourceReader, Tile
     from streammerge.checkpoint.slab import Slab
     from streammerge.checkpoint.writer import ShardWriter
 
-# the factor of a target, as stored and in the widest compute dtype
-FACTOR_BYTES = 7 * (1 + 8)
+# the factor of a target, as stored and in the compute dtype
+FACTOR_BYTES = 7 * (1 + 4)
 ROWS = 200
 HASHES = {
     "xxh3-128": lambda data: xxhash.xxh3_128(data).hexdigest(),
@@ -41,7 +43,16 @@ HASHES = {
 
 
 def memory_plan(slab_bytes: int = 256, slab_count: int = 3, workers: int = 1) -> MemoryPlan:
-    return MemoryPlan(slab_bytes, slab_count, workers, 0, 2 * FACTOR_BYTES, 0, 0)
+    return MemoryPlan(
+        slab_bytes,
+        slab_count,
+        workers,
+        scratch_bytes=0,
+        factor_bytes=2 * FACTOR_BYTES,
+        shared_factor_bytes=0,
+        predicted_peak_bytes=0,
+        least_bytes=0,
+    )
 
 
 class Planned(Exception):  # noqa: N818 (a failure that a test provokes)
@@ -56,21 +67,26 @@ class Backend:
     def __init__(self, *, fails: str = "", is_finite: bool = True, seconds: float = 0) -> None:
         self.fails, self.is_finite, self.threads = fails, is_finite, set[str]()
         self.factors: list[bytes] = []
+        self.targets: dict[str, bytearray] = {}
         self.seconds = seconds
 
     def close(self) -> None:
         pass
 
-    def load_factors(self, target: TensorPlan, raw: list[bytearray]) -> Any:
+    def load_factors(
+        self, target: TensorPlan, raw: dict[StoredTensor, bytearray], read_source: SourceReader
+    ) -> Any:
         self._fail("load")
-        self.factors.extend(map(bytes, raw))
+        self.factors.extend(map(bytes, raw.values()))
+        self.targets[target.name] = bytearray(target.source.nbytes)
+        read_source(0, memoryview(self.targets[target.name]))
         return raw
 
     def apply(self, tile: Tile, factors: Any) -> bool:
         self._fail("apply")
         time.sleep(self.seconds)
         self.threads.add(threading.current_thread().name)
-        count = (tile.end - tile.begin) * tile.target.dtype.item_bytes
+        count = (tile.end - tile.begin) * tile.target.dtype.nbytes(tile.target.columns)
         for n in range(count):
             value = tile.buffer[tile.source_offset + n]
             tile.buffer[tile.output_offset + n] = (value + 1) % 256
@@ -217,6 +233,9 @@ def test_every_byte_arrives(
     run.check()
     assert run.done == [(shard.name, 2 * ROWS) for shard in run.shards]
     assert run.backend.factors == [run.content[100:107]] * 2
+    # a term may look at all of its target first, whatever the tiles
+    sources = {"t1": run.content[300:500], "t3": run.content[900:1100]}
+    assert run.backend.targets == sources
     assert run.backend.threads == {threading.current_thread().name}
     assert pipeline.seconds.compute > 0
 
@@ -299,6 +318,52 @@ def test_several_threads_merge(tmp_path: Path) -> None:
     run.pipeline(memory=memory_plan(8, 12, workers=3), io=IoChoice(readers=3)).run(run.shards)
     run.check()
     assert len(run.backend.threads) == 3
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("slab_bytes", [24, 64, 4096])
+@pytest.mark.parametrize("max_shared_bytes", [0, 1000])
+def test_experts_in_one_tensor_are_merged_one_by_one(
+    threads: int, slab_bytes: int, max_shared_bytes: int, tmp_path: Path
+) -> None:
+    run = Run(tmp_path)
+    count, rows, columns, touched = 7, 5, 4, (1, 2, 5)
+    a = StoredTensor("a", Dtype.U8, (count, columns), run.path, 100)
+    b = StoredTensor("b", Dtype.U8, (rows, count), run.path, 200)
+    terms = tuple(
+        LoraTerm(
+            Factor(a, rows=range(number, number + 1)),
+            Factor(b, columns=range(number, count, count)),
+            1.0,
+            is_transposed=False,
+            rounds_delta=False,
+            region=Region(range(number * rows, (number + 1) * rows), range(columns)),
+        )
+        for number in touched
+    )
+    source = StoredTensor("experts", Dtype.U8, (count, rows, columns), run.path, 300)
+    op = ApplyTerms(Dtype.U8, terms)
+    fused = TensorPlan("experts", Dtype.U8, source, op, "merged")
+    run.shards = lay_out([fused], max_shard_bytes=None, layout="torch_bin")
+    memory = replace(memory_plan(slab_bytes, 6, threads), shared_factor_bytes=max_shared_bytes)
+    io = IoChoice(readers=threads, writers=threads)
+    finish_in_time(run.pipeline(memory=memory, io=io), run)
+    (writer,) = run.writers.values()
+    expected = bytearray(run.content[300 : 300 + source.nbytes])
+    for number in touched:
+        for at in range(number * rows * columns, (number + 1) * rows * columns):
+            expected[at] = (expected[at] + 1) % 256
+    assert writer.data[len(run.shards[0].head) :] == expected
+    # of the factors, each was given its own part
+    given = [
+        part
+        for number in touched
+        for part in (
+            run.content[100 + number * columns : 100 + (number + 1) * columns],
+            run.content[200 + number : 200 + count * rows : count],
+        )
+    ]
+    assert sorted(run.backend.factors) == sorted(given)
 
 
 @pytest.mark.parametrize("kind", get_args(DigestKind))

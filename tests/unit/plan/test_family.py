@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from streammerge.plan.family import Embeddings, find_embeddings, is_conv1d, is_declared_tied
+from streammerge.plan.family import (
+    Embeddings,
+    are_experts_fused_in_memory,
+    are_experts_in_out_on_disk,
+    are_experts_interleaved,
+    are_experts_transposed_in_memory,
+    are_experts_transposed_on_disk,
+    find_embeddings,
+    is_conv1d,
+    is_declared_tied,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -32,8 +45,8 @@ def test_declared_ties(config: dict[str, Any], expected: bool | None) -> None:
 @pytest.mark.parametrize(
     ("names", "config", "is_tied"),
     [
-        ([EMBED, HEAD], {}, False),
-        ([EMBED], {}, True),
+        ([EMBED, HEAD], {"model_type": "llama"}, False),
+        ([EMBED], {"model_type": "llama"}, True),
         ([EMBED], {"tie_word_embeddings": False}, False),
         ([EMBED, HEAD], {"tie_word_embeddings": True}, True),
         ([EMBED, HEAD], {"tie_word_embeddings": False}, False),
@@ -45,6 +58,38 @@ def test_tied_if_declared_or_without_a_head(
 ) -> None:
     found = find_embeddings(names, config=config)
     assert found == Embeddings(EMBED, HEAD, is_tied=is_tied, is_known=True)
+
+
+def test_without_a_configuration_nothing_is_tied() -> None:
+    for names in ([EMBED], [EMBED, HEAD]):
+        found = find_embeddings(names, config={})
+        assert found == Embeddings(EMBED, HEAD, is_tied=False, is_known=True)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"architectures": ["LlamaForSequenceClassification"]},
+        {"architectures": ["BertForQuestionAnswering"], "tie_word_embeddings": True},
+    ],
+)
+def test_a_model_without_a_head_has_nothing_to_tie(config: dict[str, Any]) -> None:
+    assert not find_embeddings([EMBED], config=config).is_tied
+
+
+@pytest.mark.parametrize(
+    ("config", "is_known"),
+    [
+        ({"model_type": "llama"}, True),
+        ({"model_type": "biogpt"}, False),
+        ({"model_type": "biogpt", "tie_word_embeddings": False}, True),
+        ({"model_type": "biogpt", "architectures": ["BioGptForTokenClassification"]}, True),
+        ({"model_type": "t5", "is_encoder_decoder": True}, False),
+        ({"model_type": "t5", "is_encoder_decoder": True, "tie_word_embeddings": False}, False),
+    ],
+)
+def test_where_it_is_known_what_shares_storage(config: dict[str, Any], is_known: bool) -> None:
+    assert find_embeddings([EMBED], config=config).is_known is is_known
 
 
 def test_a_model_without_an_embedding_is_not_tied() -> None:
@@ -121,6 +166,30 @@ def test_names_that_only_end_alike_are_not_embeddings() -> None:
 )
 def test_conv1d(model_type: str | None, module: str, expected: bool) -> None:
     assert is_conv1d(module, config={"model_type": model_type}) is expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "model_type", "sees_inside"),
+    [
+        (are_experts_transposed_in_memory, "gpt_oss", True),
+        (are_experts_transposed_in_memory, "aria", True),
+        (are_experts_transposed_on_disk, "qwen3_vl_moe", True),
+        (are_experts_in_out_on_disk, "gpt_oss", True),
+        (are_experts_in_out_on_disk, "llama4", True),
+        (are_experts_in_out_on_disk, "qwen3_vl_moe", True),
+        (are_experts_interleaved, "gpt_oss", True),
+        (are_experts_fused_in_memory, "mixtral", False),
+        (are_experts_fused_in_memory, "qwen3_moe", False),
+    ],
+)
+def test_experts_of_a_family(
+    asked: Callable[..., bool], model_type: str, sees_inside: bool
+) -> None:
+    assert asked({"model_type": model_type})
+    inside = {"model_type": "some_vlm", "text_config": {"model_type": model_type}}
+    assert asked(inside) is sees_inside
+    for other in ({}, {"model_type": "llama"}, {"text_config": None}, {"text_config": "odd"}):
+        assert not asked(other)
 
 
 def test_no_config_no_conv1d() -> None:

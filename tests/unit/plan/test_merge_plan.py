@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from streammerge.adapters.terms import Factor
+from streammerge.adapters.tuners.trainable_tokens import RowsTerm
 from streammerge.checkpoint.header import StoredTensor
 from streammerge.checkpoint.sidecars import Sidecar, Sidecars
 from streammerge.config.tuning import IoChoice
@@ -13,25 +17,38 @@ from streammerge.plan.build import TensorPlans
 from streammerge.plan.layout import lay_out
 from streammerge.plan.memory import RunShape, plan_memory
 from streammerge.plan.merge_plan import MergePlan
-from streammerge.plan.ops import ApplyTerms, BiasTerm, CopyBytes, LoraTerm, TensorPlan, rank_of
+from streammerge.plan.ops import (
+    ApplyTerms,
+    BiasTerm,
+    CopyBytes,
+    LoraTerm,
+    TensorPlan,
+    rank_of,
+    unique_factors,
+)
+
+if TYPE_CHECKING:
+    from streammerge.plan.ops import Term
 
 
 def stored(name: str, dtype: Dtype, *shape: int) -> StoredTensor:
     return StoredTensor(name, dtype, shape, Path("x"), 0)
 
 
-def example() -> MergePlan:
-    term = LoraTerm(
-        stored("a", Dtype.F32, 2, 6),
-        stored("b", Dtype.F32, 4, 2),
-        0.5,
-        is_transposed=False,
-        rounds_delta=False,
-    )
+def lora(scaling: float = 0.5, **options: Any) -> LoraTerm:
+    a, b = Factor(stored("a", Dtype.F32, 2, 6)), Factor(stored("b", Dtype.F32, 4, 2))
+    return LoraTerm(a, b, scaling, **{"is_transposed": False, "rounds_delta": False, **options})
+
+
+def merged(*terms: Term) -> TensorPlan:
     source = stored("w", Dtype.BF16, 4, 6)
+    return TensorPlan("w", Dtype.F32, source, ApplyTerms(Dtype.BF16, terms), "merged")
+
+
+def example(*terms: Term) -> MergePlan:
     tensors = (
         TensorPlan("norm", Dtype.F32, stored("norm", Dtype.F32, 4), CopyBytes(), "copied"),
-        TensorPlan("w", Dtype.F32, source, ApplyTerms(Dtype.BF16, (term,)), "merged"),
+        merged(*(terms or (lora(),))),
         TensorPlan("new", Dtype.BF16, stored("new", Dtype.BF16, 3), CopyBytes(), "added"),
     )
     contents = TensorPlans(tensors, {"vocab_size": 9}, 9, 2, {"exact": 1}, ())
@@ -86,6 +103,7 @@ def test_description_is_json_and_complete() -> None:
                 "change": "merged",
                 "dtype": "F32",
                 "shape": [4, 6],
+                "terms": ["LoRA"],
                 "scalings": [0.5],
             },
             {"name": "new", "change": "added", "dtype": "BF16", "shape": [3]},
@@ -98,12 +116,48 @@ def test_description_is_json_and_complete() -> None:
     }
 
 
+def test_factors_that_terms_share_are_read_once() -> None:
+    assert example(lora(), lora(2.0)).bytes_read == example().bytes_read
+
+
+def test_terms_and_scalings_are_named_once_each_in_their_order() -> None:
+    magnitude = stored("m", Dtype.F32, 4)
+    rows = RowsTerm(stored("r", Dtype.F32, 1, 6), (3,))
+    cases: list[tuple[tuple[Term, ...], list[str], list[float]]] = [
+        ((lora(),), ["LoRA"], [0.5]),
+        # of the experts of a fused tensor they are one and the same
+        ((lora(), lora(), lora(2.0), lora()), ["LoRA"], [0.5, 2.0]),
+        ((lora(magnitude=magnitude), lora()), ["DoRA", "LoRA"], [0.5]),
+        ((BiasTerm(magnitude, 3.0),), ["bias"], [3.0]),
+        ((rows, lora()), ["RowsTerm", "LoRA"], [0.5]),
+        ((rows,), ["RowsTerm"], []),
+    ]
+    for terms, names, scalings in cases:
+        (described, _) = example(*terms).describe()["targets"]
+        assert (described["terms"], described["scalings"]) == (names, scalings)
+
+
+def test_a_cast_has_no_terms() -> None:
+    source = stored("w", Dtype.BF16, 4, 6)
+    cast = TensorPlan("w", Dtype.F32, source, ApplyTerms(Dtype.BF16, ()), "cast")
+    plan = example()
+    described = replace(plan, contents=replace(plan.contents, tensors=(cast,))).describe()
+    assert described["targets"] == [
+        {"name": "w", "change": "cast", "dtype": "F32", "shape": [4, 6]}
+    ]
+
+
 def test_records_say_what_they_hold() -> None:
     _, merged, added = example().tensors
     assert merged.shape == (4, 6)
+    assert (merged.rows, merged.columns) == (4, 6)
     assert merged.nbytes == 96
     assert (merged.spec.name, merged.spec.dtype, merged.spec.shape) == ("w", Dtype.F32, (4, 6))
     assert added.terms == ()
     vector = stored("v", Dtype.F32, 4)
     assert BiasTerm(vector, 1.0).factors == (vector,)
     assert [rank_of(tensor) for tensor in example().tensors] == [0, 2, 0]
+    rows = RowsTerm(vector, (1,))
+    assert rank_of(example(rows, lora()).tensors[1]) == 2
+    assert rank_of(example(rows).tensors[1]) == 0
+    assert [f.name for f in unique_factors((lora(), rows, lora()))] == ["a", "b", "v"]

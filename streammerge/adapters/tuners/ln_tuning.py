@@ -1,0 +1,36 @@
+"""LN tuning (Zhao et al. 2023): normalisation layers, trained whole.
+
+Every parameter and buffer of the layer is stored, and takes the place of the base's.
+
+Source: peft.tuners.ln_tuning.layer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from streammerge.adapters.tuners.base import Tuner
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from streammerge.adapters.tuners.base import Layer, PlannedTerm, Shared
+
+__all__ = ["TUNERS", "LnTuning"]
+
+
+class LnTuning(Tuner):
+    """`peft_type: LN_TUNING`."""
+
+    peft_type = "LN_TUNING"
+    title = "LN tuning"
+    formula = "the parameters of norms are replaced"
+    factors = frozenset[str]()
+    replaces = frozenset({"ln_tuning_layers"})
+
+    def plan(self, layer: Layer, settings: Any, shared: Shared) -> Sequence[PlannedTerm]:
+        """Whole parameters are placed by themselves; no layer has anything else."""
+        raise NotImplementedError
+
+
+TUNERS: tuple[Tuner, ...] = (LnTuning(),)
