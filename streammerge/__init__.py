@@ -14,6 +14,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from streammerge.version import __version__
+
 if TYPE_CHECKING:
     from streammerge.config import ExportConfig, load_config
     from streammerge.engine.export import Progress, build_plan, export
@@ -57,11 +59,11 @@ __all__ = [
     "StreamMergeError",
     "UnsupportedError",
     "VerificationError",
+    "__version__",
     "build_plan",
     "export",
     "load_config",
 ]
-__version__ = "0.1.0"
 
 # imported on first use, so that the command line answers --help before pydantic and numpy are
 # loaded

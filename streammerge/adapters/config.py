@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from streammerge.adapters.options import Choices, Options
-from streammerge.adapters.tuners import NOT_MERGEABLE, all_tuners
+from streammerge.adapters.tuners import NOT_MERGEABLE, all_tuners, find_tuner
 from streammerge.checkpoint.jsonfile import read_json_object
 from streammerge.errors import AdapterError
 
@@ -102,9 +102,9 @@ def read_adapter_config(folder: Path, choices: Choices | None = None) -> Adapter
 
 def _tuner(options: Options) -> Tuner:
     kind = options.get("peft_type")
-    tuners = all_tuners()
-    if isinstance(kind, str) and kind in tuners:
-        return tuners[kind]
+    tuner = find_tuner(kind) if isinstance(kind, str) and kind.isidentifier() else None
+    if tuner is not None:
+        return tuner
     if isinstance(kind, str) and kind in NOT_MERGEABLE:
         raise AdapterError(
             f"adapter has no merged form: {NOT_MERGEABLE[kind]}",
@@ -115,7 +115,7 @@ def _tuner(options: Options) -> Tuner:
     raise AdapterError(
         "adapter is of a kind that is not known",
         where=options.path,
-        expected=f"peft_type {', '.join(tuners)}",
+        expected=f"peft_type {', '.join(all_tuners())}",
         got=repr(kind)[:80],
         hint="merge it with PEFT, or convert it to LoRA first",
     )

@@ -80,7 +80,6 @@ def parse_key(key: str, tuner: Tuner) -> AdapterKey:
         AdapterError: The key belongs to another kind of adapter, or has no form that is known.
     """
     parts = _strip(key).split(".")
-    foreign = foreign_factors(tuner.peft_type)
     for at, part in enumerate(parts):
         # of RandLoRA, each module has copies of what all share
         if part in tuner.shared and at == 0:
@@ -88,10 +87,9 @@ def parse_key(key: str, tuner: Tuner) -> AdapterKey:
             return AdapterKey(Role.SHARED, "", ".".join([part, *names]))
         if part in tuner.factors:
             return _parse_factor(key, parts, at, tuner)
-        if part in foreign and part != parts[-1]:
-            raise _foreign(key, part)
-    if parts[-1] in foreign:
-        raise _foreign(key, parts[-1])
+    found = next((part for part in parts if part in foreign_factors(tuner.peft_type)), None)
+    if found is not None:
+        raise _foreign(key, found)
     return _parse_whole(key, parts, tuner)
 
 

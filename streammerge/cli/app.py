@@ -162,6 +162,46 @@ def bench(
     _guard(run, as_json=as_json, debug=debug)
 
 
+@app.command(name="eval")
+def evaluate(  # noqa: PLR0913, PLR0917 (the options of the command)
+    checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of a checkpoint.")],
+    text: Annotated[Path, typer.Option(help="UTF-8 file with the text.")],
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="Adapter to merge on the way; may be repeated.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of the text that count; all by default.")
+    ] = None,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 1024,
+    max_memory: Annotated[
+        str, typer.Option(help="Ceiling on the resident memory of the whole process.")
+    ] = "2GB",
+    as_json: _Json = False,
+    debug: _Debug = False,
+) -> None:
+    """Measure the perplexity of CHECKPOINT on a text, layer by layer, and write nothing.
+
+    CHECKPOINT is in 16 or 32 bit, with adapters or without, or a GPTQ checkpoint, so that base,
+    merged and quantized model can be compared.
+    """
+
+    def run() -> None:
+        from streammerge.cli.render import show_evaluation
+        from streammerge.engine.evaluate import EvaluateOptions
+        from streammerge.engine.evaluate import evaluate as run_evaluate
+
+        report = run_evaluate(
+            checkpoint,
+            text,
+            adapters=adapter or (),
+            options=EvaluateOptions(max_tokens, length, _parse_size("--max-memory", max_memory)),
+            progress=_print_progress,
+        )
+        _print_json(report.to_dict()) if as_json else show_evaluation(report)
+
+    _guard(run, as_json=as_json, debug=debug)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeRemainingColumn,
@@ -24,12 +25,14 @@ if TYPE_CHECKING:
 
     from streammerge.config.profile import MachineProfile
     from streammerge.engine.bench import BenchReport
+    from streammerge.engine.evaluate import EvaluationReport
     from streammerge.plan.merge_plan import MergePlan
     from streammerge.report.export_report import ExportReport
 
 __all__ = [
     "RichProgress",
     "show_bench",
+    "show_evaluation",
     "show_inspection",
     "show_plan",
     "show_profile",
@@ -52,6 +55,29 @@ class RichProgress(ExportProgress):
             disable=not self._console.is_terminal,
         )
         self._task = self._bar.add_task("merge", total=None)
+        self._layers = Progress(
+            TextColumn("quantizing"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("layers"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._layer = self._layers.add_task("quantize", total=None)
+
+    def start_layers(self, count: int) -> None:
+        """Show a bar of layers."""
+        self._layers.update(self._layer, total=count)
+        self._layers.start()
+
+    def advance_layer(self) -> None:
+        """Move the bar; the last layer leaves it as it is."""
+        self._layers.advance(self._layer)
+
+    def stop_layers(self) -> None:
+        """Leave the bar of layers as it is."""
+        self._layers.stop()
 
     def start(self, plan: MergePlan, *, done_bytes: int) -> None:
         """Show the notes and the bar."""
@@ -93,8 +119,11 @@ def show_report(report: ExportReport) -> None:
             f"{_size(report.peak_rss_bytes)} (predicted {_size(report.predicted_peak_bytes)})",
         ),
     ]
-    if report.config_edits:
-        rows.append(("config.json", ", ".join(f"{k}: {v}" for k, v in report.config_edits.items())))
+    if report.quantization:
+        rows.append(("quantized", _quantization(report.quantization)))
+    edits = {k: v for k, v in report.config_edits.items() if k != "quantization_config"}
+    if edits:
+        rows.append(("config.json", ", ".join(f"{k}: {v}" for k, v in edits.items())))
     if report.hub_url:
         rows.append(("pushed to", report.hub_url))
     _print_rows(rows)
@@ -272,8 +301,37 @@ def show_bench(report: BenchReport) -> None:
     )
 
 
+def show_evaluation(report: EvaluationReport) -> None:
+    """Print how well a model foresees a text."""
+    left_out = f", {report.tokens_left_out} left out" if report.tokens_left_out else ""
+    rows = [
+        ("checkpoint", report.checkpoint),
+        *(("adapter", name) for name in report.adapters),
+        *([("quantized", report.quantization)] if report.quantization else []),
+        ("text", report.text),
+        ("tokens", f"{report.tokens} in {report.windows} x {report.length}{left_out}"),
+        ("perplexity", f"{report.perplexity:.4f}"),
+        ("mean loss", f"{report.loss:.6f}"),
+        ("time", f"{report.seconds:.1f} s"),
+        ("peak memory", _size(report.peak_rss_bytes)),
+    ]
+    _print_rows(rows)
+
+
 def _mark(found: dict[str, Any]) -> str:
     return "*" if found["is_chosen"] else ""
+
+
+def _quantization(done: dict[str, Any]) -> str:
+    """Say to what, and how much of the layers' outputs it costs."""
+    group = done["group_size"]
+    groups = "one scale per row" if group == -1 else f"groups of {group}"
+    calibration = done["calibration"]
+    return (
+        f"{done['method']}, {done['bits']} bit, {groups}; error of the outputs "
+        f"{done['mean_relative_error']:.2%} on {calibration['tokens']} tokens of "
+        f"{calibration['source']}"
+    )
 
 
 def _shards(report: ExportReport) -> str:

@@ -80,6 +80,17 @@ class ExportConfig(BaseModel):
     """Write `pytorch_model*.bin` instead of safetensors."""
     export_quantization_bit: Literal[2, 3, 4, 8] | None = None
     export_quantization_dataset: str | None = None
+    export_quantization_method: Literal["gptq", "awq", "rtn"] = "gptq"
+    export_quantization_group_size: Annotated[int, Field(ge=-1)] = 128
+    """Inputs per scale; -1 for one scale per row."""
+    export_quantization_desc_act: bool = False
+    """GPTQ: form the groups in the order of the inputs' magnitudes."""
+    export_quantization_damp: Annotated[float, Field(gt=0, lt=1, strict=False)] = 0.05
+    """GPTQ: share of the mean diagonal that is added to the matrix of inputs."""
+    export_quantization_sym: bool = True
+    """Whether the middle code means zero."""
+    export_quantization_seed: int = 0
+    export_quantization_sampling: Literal["blocks", "llamafactory"] = "blocks"
     export_quantization_nsamples: Annotated[int, Field(gt=0)] = 128
     export_quantization_maxlen: Annotated[int, Field(gt=0)] = 1024
     export_hub_model_id: str | None = None
@@ -172,6 +183,11 @@ def _forbidden(config: ExportConfig) -> list[str]:
             faults.append("quantization_bit: on-the-fly quantization is not exported; remove it")
     if config.export_quantization_bit is not None and not config.export_quantization_dataset:
         faults.append("export_quantization_bit needs export_quantization_dataset")
+    size = config.export_quantization_group_size
+    if size != -1 and (size <= 0 or size % 8):
+        faults.append("export_quantization_group_size is -1 or a multiple of 8")
+    if config.export_quantization_bit is not None and config.export_legacy_format:
+        faults.append("export_legacy_format has no form for quantized weights; remove it")
     if config.adapter_weights and len(config.adapter_weights) != len(adapters):
         faults.append(
             f"adapter_weights has {len(config.adapter_weights)} numbers for "

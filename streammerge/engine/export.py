@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from streammerge.checkpoint.writer import SafetensorsWriter, TorchBinWriter, req
 from streammerge.config import ExportConfig, load_config, parse_config
 from streammerge.engine.pipeline import Pipeline
 from streammerge.engine.prepare import prepare
+from streammerge.engine.quantize import bytes_needed, quantize_layers, read_settings
 from streammerge.engine.staging import Staging, check_output, fingerprint
 from streammerge.errors import (
     InputError,
@@ -28,7 +29,7 @@ from streammerge.errors import (
     VerificationError,
 )
 from streammerge.plan.layout import encode_index
-from streammerge.plan.memory import BASELINE_BYTES, plan_memory
+from streammerge.plan.memory import plan_memory
 from streammerge.report.export_report import ExportReport, peak_rss_bytes, rss_bytes
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["Progress", "build_plan", "export", "rehearse"]
 
 # torch's CPU build takes 180 MB of RSS, builds for GPUs up to about 500
+TORCH_USUAL_BYTES = 180 * 10**6
 TORCH_MOST_BYTES = 550 * 10**6
 
 
@@ -54,6 +56,15 @@ class Progress:
 
     def advance(self, nbytes: int) -> None:
         """Count bytes written; called from another thread."""
+
+    def start_layers(self, count: int) -> None:
+        """Begin to quantize; comes before `start`."""
+
+    def advance_layer(self) -> None:
+        """Count a layer as quantized."""
+
+    def stop_layers(self) -> None:
+        """End the quantization, whether it went well or not."""
 
     def stop(self) -> None:
         """End, whether it went well or not."""
@@ -91,30 +102,45 @@ def export(
     # open, match, lay out: every fault of the inputs shows here, before torch and before any write
     plan = prepare(settings)
     _check_output(plan, settings)
-    _check_disk(plan, needed=plan.bytes_written)
-    memory, open_backend = _fit_memory(plan, settings, peak_before=peak_before)
-    staging = Staging(plan.output)
-    identity = fingerprint(plan, allow_nonfinite=settings.allow_nonfinite)
-    staging.open(identity)
-    run = _Run(plan, staging, progress or Progress())
-    pipeline = run.pipeline(memory, open_backend, allow_nonfinite=settings.allow_nonfinite)
-    with _keeping(staging):
-        run.write_shards(pipeline)
-        run.write_rest()
-        run.verify()
-        if fingerprint(plan, allow_nonfinite=settings.allow_nonfinite) != identity:
-            raise InputError(
-                "the base or an adapter changed during the run",
-                where=plan.base,
-                hint="run the same command again; it starts over",
-            )
-        staging.publish(overwrite=settings.overwrite)
+    progress = progress or Progress()
+    quantize = read_settings(settings)
+    needed = plan.bytes_written if quantize is None else bytes_needed(plan, quantize)
+    _check_disk(plan, needed=needed)
+    with ExitStack() as stack:
+        quantized = None
+        if quantize is not None:
+            quantized = quantize_layers(plan, settings, quantize, progress)
+            # whatever stops the run, the layers stay for a rerun
+            stack.callback(quantized.work.release)
+            plan = quantized.plan
+        memory, open_backend = _fit_memory(plan, settings, peak_before=peak_before)
+        staging = Staging(plan.output)
+        identity = fingerprint(plan, allow_nonfinite=settings.allow_nonfinite)
+        staging.open(identity)
+        run = _Run(plan, staging, progress)
+        pipeline = run.pipeline(memory, open_backend, allow_nonfinite=settings.allow_nonfinite)
+        with _keeping(staging):
+            run.write_shards(pipeline)
+            run.write_rest()
+            run.verify()
+            if fingerprint(plan, allow_nonfinite=settings.allow_nonfinite) != identity:
+                raise InputError(
+                    "the base or an adapter changed during the run",
+                    where=plan.base,
+                    hint="run the same command again; it starts over",
+                )
+            staging.publish(overwrite=settings.overwrite)
+        if quantized is not None:
+            quantized.work.discard()
     url = None
     if settings.export_hub_model_id:
         url = push_folder(
             plan.output, repo_id=settings.export_hub_model_id, token=settings.hf_hub_token
         )
-    return _report(run, pipeline, seconds=time.perf_counter() - started, hub_url=url)
+    report = _report(run, pipeline, seconds=time.perf_counter() - started, hub_url=url)
+    if quantized is not None:
+        report = replace(report, quantization=quantized.describe())
+    return report
 
 
 def rehearse(
@@ -239,8 +265,8 @@ def _fit_memory(
             )
         return backend
 
-    spare = TORCH_MOST_BYTES + before - BASELINE_BYTES
-    shown = roomy.predicted_peak_bytes - max(0, spare)
+    # `before` has the records of the plan in it, which are not small for 90,000 targets
+    shown = roomy.predicted_peak_bytes - (TORCH_MOST_BYTES - TORCH_USUAL_BYTES)
     return replace(roomy, predicted_peak_bytes=shown), open_meanwhile
 
 

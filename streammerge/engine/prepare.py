@@ -17,7 +17,7 @@ from streammerge.checkpoint.torch_bin import storage_class
 from streammerge.dtypes import Dtype
 from streammerge.engine.machine import choose_io
 from streammerge.engine.renames import find_renames
-from streammerge.errors import AdapterError, ConfigError, UnsupportedError
+from streammerge.errors import AdapterError, ConfigError
 from streammerge.plan.build import PlanOptions, plan_tensors
 from streammerge.plan.layout import Layout, lay_out
 from streammerge.plan.memory import plan_memory
@@ -152,11 +152,6 @@ def _resolve_output(path: Path) -> Path:
 
 def _check_supported(config: ExportConfig) -> None:
     check_device(config.export_device)
-    if config.export_quantization_bit is not None:
-        raise UnsupportedError(
-            "export_quantization_bit: this version merges, and does not quantize yet",
-            hint="remove the export_quantization keys to export in 16 bit, and quantize the result",
-        )
 
 
 def _resolve(config: ExportConfig, *, local_only: bool) -> tuple[Path, list[Path]]:

@@ -17,10 +17,10 @@ import signal
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from streammerge import __version__
 from streammerge.checkpoint.sidecars import write_durably
 from streammerge.checkpoint.writer import writing
 from streammerge.errors import OutputExistsError, ResourceError
+from streammerge.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -92,8 +92,15 @@ def fingerprint(plan: MergePlan, *, allow_nonfinite: bool = False) -> str:
 class Staging:
     """The staging folder of one run, held under a lock."""
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, *, keeps: frozenset[str] = frozenset()) -> None:
+        """Name the folder; `open` creates it.
+
+        Args:
+            output: The folder that it becomes when it is complete.
+            keeps: Further files that a rerun of the same plan goes on with.
+        """
         self.output = output
+        self._keeps = keeps
         self.folder = output.with_name(f".{output.name}.streammerge")
         self._replaced = output.with_name(f".{output.name}.streammerge-replaced")
         self._lock: int | None = None
@@ -124,7 +131,7 @@ class Staging:
             ) from error
         self._recover_replaced()
         self.finished = self._read_journal(identity)
-        self._remove_all_but({*self.finished, _LOCK})
+        self._remove_all_but({*self.finished, *(self._keeps if self.finished else ()), _LOCK})
         lines: list[dict[str, object]] = [{"plan": identity}]
         lines += [_line(name, *known) for name, known in self.finished.items()]
         write_durably(self.folder / _JOURNAL, "".join(json.dumps(line) + "\n" for line in lines))

@@ -38,6 +38,8 @@ class ExportReport:
     not_copied: list[str]
     notes: list[str]
     hub_url: str | None = None
+    quantization: dict[str, Any] | None = None
+    """Method, bits, what was calibrated on, and the relative error of each linear's outputs."""
 
     def to_dict(self) -> dict[str, Any]:
         """Give the report as JSON types."""

@@ -420,8 +420,7 @@ class Sharing(Lora):
 
 @pytest.fixture
 def _sharing(monkeypatch: pytest.MonkeyPatch) -> None:
-    registry = {**all_tuners(), "LORA": Sharing()}
-    monkeypatch.setattr("streammerge.adapters.config.all_tuners", lambda: registry)
+    monkeypatch.setattr("streammerge.adapters.config.find_tuner", lambda _kind: Sharing())
 
 
 @pytest.mark.usefixtures("_sharing")

@@ -6,6 +6,8 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -291,3 +293,16 @@ def test_rows_go_where_their_indices_say_whatever_the_tiles(dtype: torch.dtype, 
     ]
     assert torch.equal(torch.cat(parts), expected)
     assert term.factors == (term.tensor,)
+
+
+def test_one_kind_is_found_without_the_others() -> None:
+    code = (
+        "import sys\n"
+        "from streammerge.adapters.tuners import find_tuner\n"
+        "assert find_tuner('LORA').peft_type == 'LORA'\n"
+        "print('streammerge.adapters.tuners.oft' in sys.modules)\n"
+        "assert find_tuner('LOKR').peft_type == 'LOKR'\n"
+        "assert find_tuner('BASE') is None\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

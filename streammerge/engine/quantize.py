@@ -1,0 +1,414 @@
+"""The calibrated second stage of an export: from a merge's plan to a plan of quantized tensors.
+
+Each decoder layer is quantized into a file of a work folder beside the output, its weights merged
+on the way. Then the export goes on as always, with those files as the source of the linears and the
+base and its adapters as that of everything else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from streammerge.backends.select import select_backend
+from streammerge.checkpoint.digest import digest_file
+from streammerge.checkpoint.header import read_header
+from streammerge.checkpoint.hub import HubOptions
+from streammerge.dtypes import Dtype
+from streammerge.engine.staging import Staging, fingerprint
+from streammerge.errors import MemoryBudgetError, UnsupportedError
+from streammerge.plan.layout import lay_out
+from streammerge.plan.memory import plan_memory
+from streammerge.plan.ops import CopyBytes, TensorPlan
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from streammerge.config import ExportConfig
+    from streammerge.engine.export import Progress
+    from streammerge.plan.merge_plan import MergePlan
+    from streammerge.quantize.driver import LayerReport
+    from streammerge.quantize.settings import QuantizeSettings
+    from streammerge.quantize.skeleton import Skeleton
+    from streammerge.quantize.tokens import CalibrationRecord
+
+__all__ = [
+    "BASELINE_BYTES",
+    "QuantizedPlan",
+    "bytes_needed",
+    "load_tokenizer",
+    "quantize_layers",
+    "read_settings",
+]
+
+# interpreter, torch and transformers after a model was built on the meta device: 430 MB seen
+BASELINE_BYTES = 480 * 10**6
+
+
+@dataclass(slots=True)
+class QuantizedPlan:
+    """What the layers have become, and the export that is left."""
+
+    plan: MergePlan
+    layers: list[LayerReport]
+    calibration: CalibrationRecord
+    settings: QuantizeSettings
+    work: Staging
+    """The work folder; to be discarded once the output is published."""
+
+    def describe(self) -> dict[str, Any]:
+        """Give what the layers have become as JSON types."""
+        errors = {name: e for layer in self.layers for name, e in layer.errors.items()}
+        return {
+            **asdict(self.settings),
+            "calibration": asdict(self.calibration),
+            "mean_relative_error": sum(errors.values()) / max(len(errors), 1),
+            "relative_errors": errors,
+            "unscaled": [name for layer in self.layers for name in layer.unscaled],
+            "layer_seconds": [layer.seconds for layer in self.layers],
+        }
+
+
+def read_settings(config: ExportConfig) -> QuantizeSettings | None:
+    """Return how to quantize; None if that is not asked for.
+
+    Raises:
+        UnsupportedError: No loader could read the result.
+    """
+    if config.export_quantization_bit is None:
+        return None
+    from streammerge.quantize.config_section import check_format  # noqa: PLC0415 (needs torch)
+    from streammerge.quantize.settings import QuantizeSettings  # noqa: PLC0415
+
+    is_awq = config.export_quantization_method == "awq"
+    if (
+        is_awq
+        and config.export_quantization_sym
+        and "export_quantization_sym" in config.model_fields_set
+    ):
+        raise UnsupportedError(
+            "AWQ stores a zero for every group: its codes are asymmetric",
+            where="export_quantization_sym",
+            got=True,
+            hint="remove it, or choose the method gptq",
+        )
+    settings = QuantizeSettings(
+        method=config.export_quantization_method,
+        bits=config.export_quantization_bit,
+        group_size=config.export_quantization_group_size,
+        is_symmetric=config.export_quantization_sym and not is_awq,
+        desc_act=config.export_quantization_desc_act,
+        damp=config.export_quantization_damp,
+        # the older format has no place for zeros of its own
+        checkpoint_format="gptq" if config.export_quantization_sym else "gptq_v2",
+        nsamples=config.export_quantization_nsamples,
+        maxlen=config.export_quantization_maxlen,
+        seed=config.export_quantization_seed,
+        sampling=config.export_quantization_sampling,
+    )
+    check_format(settings)
+    return settings
+
+
+def quantize_layers(
+    plan: MergePlan,
+    config: ExportConfig,
+    settings: QuantizeSettings,
+    progress: Progress,
+) -> QuantizedPlan:
+    """Quantize every decoder layer, or those that a run before this one has not finished.
+
+    Args:
+        plan: The merge.
+        config: What the user asked for.
+        settings: How to quantize.
+        progress: Told how it goes.
+
+    Raises:
+        StreamMergeError: It cannot be done; finished layers are kept for a rerun.
+    """
+    import torch  # noqa: PLC0415 (planning needs no torch)
+
+    from streammerge.quantize.driver import Driver  # noqa: PLC0415
+    from streammerge.quantize.skeleton import build_skeleton  # noqa: PLC0415
+    from streammerge.quantize.source import MergedSource  # noqa: PLC0415
+    from streammerge.quantize.tokens import load_calibration  # noqa: PLC0415
+
+    _check_base(plan)
+    tensors = {tensor.name: tensor for tensor in plan.tensors}
+    skeleton = build_skeleton(
+        plan.base, config_edits=plan.contents.config_edits, names=list(tensors)
+    )
+    hub = HubOptions(None, config.cache_dir, config.hf_hub_token, local_files_only=False)
+    calibration = load_calibration(
+        str(config.export_quantization_dataset),
+        tokenizer=load_tokenizer(plan),
+        settings=settings,
+        hub=hub,
+    )
+    _check_shapes(skeleton, settings)
+    _check_memory(skeleton, calibration.ids, max_memory=config.max_memory)
+    backend = select_backend(
+        numerics=plan.numerics, scratch_bytes=plan.memory.scratch_bytes, tuning=plan.shape.compute
+    )
+    torch.set_num_threads(config.threads)
+    work = Staging(
+        plan.output.with_name(f"{plan.output.name}.layers"),
+        keeps=frozenset({"hidden0.bin", "hidden1.bin"}),
+    )
+    dtype = _compute_dtype(plan)
+    parts = (
+        fingerprint(plan),
+        settings,
+        calibration.record,
+        torch.__version__,
+        config.threads,
+        dtype,
+    )
+    work.open(hashlib.sha256(repr(parts).encode()).hexdigest())
+    try:
+        with MergedSource(plan.tensors, backend) as source:
+            progress.start_layers(len(skeleton.layers))
+            for _ in work.finished:
+                progress.advance_layer()
+
+            def record(path: Path) -> None:
+                work.record(path.name, path.stat().st_size, digest_file(path, kind="xxh3-128"))
+                progress.advance_layer()
+
+            driver = Driver(
+                skeleton,
+                source,
+                settings,
+                calibration.ids,
+                work.folder,
+                finished=work.finished.keys(),
+                on_layer=record,
+                dtype=dtype,
+            )
+            layers = driver.run()
+        names = {
+            path: name
+            for number in range(len(skeleton.layers))
+            for path, name in _modules(skeleton, number).items()
+        }
+        final = _final_plan(plan, config, settings, work.folder, names, skeleton)
+        final = replace(final, notes=(*final.notes, *_loader_notes(skeleton, settings)))
+    except BaseException:
+        work.release()
+        raise
+    finally:
+        progress.stop_layers()
+    return QuantizedPlan(final, layers, calibration.record, settings, work)
+
+
+def _compute_dtype(plan: MergePlan) -> torch.dtype:
+    """Return the dtype that layers compute in: BF16 for a BF16 model where the CPU multiplies it.
+
+    With AMX it is 176 GFLOPS against 49 in float32 (512 x 576 by 576 x 1536, two threads, torch
+    2.13.0); it is also what the model will be run in.
+    """
+    import torch  # noqa: PLC0415 (planning needs no torch)
+
+    sizes = Counter[Dtype]()
+    for tensor in plan.tensors:
+        sizes[tensor.dtype] += tensor.nbytes
+    is_fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # noqa: SLF001
+    is_bf16 = bool(sizes) and sizes.most_common(1)[0][0] is Dtype.BF16
+    return torch.bfloat16 if is_bf16 and is_fast else torch.float32
+
+
+def bytes_needed(plan: MergePlan, settings: QuantizeSettings) -> int:
+    """Return the most bytes of disk that the run takes: layers, output, and hidden states.
+
+    What is quantized is known only with the model; here it is every matrix of a numbered layer.
+    """
+    packed = rest = 0
+    per_weight = settings.bits / 8 + (0 if settings.group_size == -1 else 4 / settings.group_size)
+    widest = 0
+    for tensor in plan.tensors:
+        is_layer = any(part.isdecimal() for part in tensor.name.split("."))
+        if is_layer and len(tensor.shape) == 2 and tensor.name.endswith(".weight"):
+            packed += int(prod(tensor.shape) * per_weight) + 16 * sum(tensor.shape)
+            widest = max(widest, min(tensor.shape))
+        else:
+            rest += tensor.nbytes
+    hidden = 2 * 4 * settings.nsamples * settings.maxlen * widest
+    # a layer's file goes when the output is there
+    return 2 * packed + rest + hidden
+
+
+def _modules(skeleton: Skeleton, number: int) -> dict[str, str]:
+    """Return the quantized modules of a layer: checkpoint names by path in memory."""
+    prefix = skeleton.layer_prefix(number)
+    return {f"{prefix}{path}": name for path, name in skeleton.linears(number).items()}
+
+
+def _check_base(plan: MergePlan) -> None:
+    quantized = plan.base_config.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise UnsupportedError(
+            "base is quantized already",
+            where=plan.base / "config.json",
+            got=f"quant_method {method}",
+            hint="give the model in 16 bit; a second quantization would only lose more",
+        )
+    if plan.layout != "safetensors":
+        raise UnsupportedError("export_legacy_format has no form for quantized weights")
+
+
+def load_tokenizer(plan: MergePlan) -> Any:
+    """Return the tokenizer that the output would have.
+
+    Raises:
+        UnsupportedError: There is none, or it cannot be loaded.
+    """
+    import transformers  # noqa: PLC0415 (two seconds)
+
+    folders = [sidecar.source.parent for sidecar in plan.sidecars.files if "token" in sidecar.name]
+    folder = folders[0] if folders else plan.base
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UnsupportedError(
+            f"tokenizer cannot be loaded ({str(error).splitlines()[0][:120]})",
+            where=folder,
+            hint="text cannot be read without it: put the tokenizer's files beside the base",
+        ) from error
+
+
+def _check_shapes(skeleton: Skeleton, settings: QuantizeSettings) -> None:
+    """Make sure that the layout can hold every linear, before the first is quantized.
+
+    Raises:
+        QuantizationError: It cannot.
+    """
+    from streammerge.quantize.pack import PackedLayout  # noqa: PLC0415 (needs torch)
+
+    layout = PackedLayout.of(settings)
+    for number, layer in enumerate(skeleton.layers):
+        for path, name in skeleton.linears(number).items():
+            linear: Any = layer.get_submodule(path)
+            layout.check(linear.out_features, linear.in_features, where=name)
+
+
+def _loader_notes(skeleton: Skeleton, settings: QuantizeSettings) -> list[str]:
+    """Say which linears some loaders do not take, and what they would take."""
+    from streammerge.quantize.pack import PackedLayout  # noqa: PLC0415 (needs torch)
+
+    layout = PackedLayout.of(settings)
+    found = {}
+    for number, layer in enumerate(skeleton.layers):
+        for path, name in skeleton.linears(number).items():
+            linear: Any = layer.get_submodule(path)
+            shape = linear.out_features, linear.in_features
+            if not layout.is_whole(*shape):
+                found[name] = shape
+    if not found:
+        return []
+    name, (rows, features) = next(iter(found.items()))
+    sizes = [
+        size
+        for size in (128, 64, 32, -1)
+        if all(replace(layout, group_size=size).is_whole(*shape) for shape in found.values())
+    ]
+    advice = (
+        f"export_quantization_group_size: {sizes[0]} would do"
+        if sizes
+        else "no group size would change that"
+    )
+    note = (
+        f"vLLM and SGLang cannot load {len(found)} of the quantized linears, such as '{name}' "
+        f"({rows} x {features}), whose words or groups are not all full; {advice}"
+    )
+    return [note]
+
+
+def _check_memory(skeleton: Skeleton, ids: Any, *, max_memory: int) -> None:
+    """Foresee the peak: a layer, the matrices of its widest group, one sample's states.
+
+    Raises:
+        MemoryBudgetError: The ceiling is lower.
+    """
+    import torch  # noqa: PLC0415 (planning needs no torch)
+
+    layer = skeleton.layers[0]
+    weights = 4 * sum(parameter.numel() for parameter in layer.parameters())
+    sizes = [
+        (module.out_features, module.in_features)
+        for module in layer.modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    # the matrix of inputs, its two permuted copies, its factor and its inverse; the weight by
+    # input, its copy, codes, and a block's errors
+    group = max(4 * 5 * k * k + 16 * n * k for n, k in sizes)
+    widest = max(max(pair) for pair in sizes)
+    tokens = ids.shape[1]
+    states = 4 * tokens * (8 * skeleton.hidden_size + 4 * widest)
+    vocabulary = 4 * len(torch.unique(ids)) * skeleton.hidden_size
+    needed = BASELINE_BYTES + max(weights + group + states, vocabulary + states)
+    if needed > max_memory:
+        raise MemoryBudgetError(
+            "max_memory is too small to quantize a layer of this model",
+            expected=f"at least {-(-needed // 10**6)}MB",
+            got=f"{max_memory // 10**6}MB",
+            hint=f"set max_memory: {-(-needed // 10**6)}MB or more",
+        )
+
+
+def _final_plan(
+    plan: MergePlan,
+    config: ExportConfig,
+    settings: QuantizeSettings,
+    folder: Path,
+    names: dict[str, str],
+    skeleton: Skeleton,
+) -> MergePlan:
+    """Put what the layers have become in the place of their weights."""
+    from streammerge.quantize.config_section import quantization_section  # noqa: PLC0415
+    from streammerge.quantize.driver import layer_file  # noqa: PLC0415
+
+    packed: dict[str, list[TensorPlan]] = {}
+    known = {tensor.name for tensor in plan.tensors}
+    # norms and biases that took scales of inputs
+    changed: dict[str, TensorPlan] = {}
+    for number in range(len(skeleton.layers)):
+        for stored in read_header(layer_file(folder, number))[0]:
+            planned = TensorPlan(stored.name, stored.dtype, stored, CopyBytes(), "quantized")
+            if stored.name in known:
+                changed[stored.name] = planned
+            else:
+                packed.setdefault(stored.name.rpartition(".")[0], []).append(planned)
+    tensors = []
+    for tensor in plan.tensors:
+        module = tensor.name.removesuffix(".weight")
+        is_replaced = tensor.name.endswith(".weight") and module in packed
+        tensors.extend(packed[module] if is_replaced else [changed.get(tensor.name, tensor)])
+    kept = _kept_linears(skeleton, set(names))
+    section = quantization_section(settings, quantized=sorted(names), kept=kept)
+    contents = replace(
+        plan.contents,
+        tensors=tuple(tensors),
+        config_edits={**plan.contents.config_edits, "quantization_config": section},
+    )
+    shards = lay_out(contents.tensors, max_shard_bytes=config.max_shard_bytes, layout=plan.layout)
+    memory = plan_memory(contents.tensors, max_memory=config.max_memory, shape=plan.shape)
+    return replace(plan, contents=contents, shards=shards, memory=memory)
+
+
+def _kept_linears(skeleton: Skeleton, quantized: set[str]) -> list[str]:
+    """Return all linears that are not quantized, by the model's names and the checkpoint's."""
+    import torch  # noqa: PLC0415 (planning needs no torch)
+
+    kept = []
+    for path, module in skeleton.model.named_modules():
+        if isinstance(module, torch.nn.Linear) and path not in quantized:
+            stored = skeleton.checkpoint_name(f"{path}.weight").removesuffix(".weight")
+            kept += list(dict.fromkeys((path, stored)))
+    return kept

@@ -1,0 +1,1 @@
+"""The calibrated second stage: quantize one decoder layer at a time."""

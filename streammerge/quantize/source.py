@@ -1,0 +1,156 @@
+"""Merged tensors by name: the base and its adapters through the same plan as an export."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from streammerge.backends.base import Tile
+from streammerge.backends.torch_factors import torch_dtype
+from streammerge.checkpoint.reader import ReaderPool
+from streammerge.errors import NonFiniteError
+from streammerge.plan.ops import CopyBytes, unique_factors
+from streammerge.plan.tiles import split_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from streammerge.backends.base import Backend
+    from streammerge.plan.ops import TensorPlan
+
+__all__ = ["MergedSource"]
+
+# of a tensor that is looked at piece by piece
+PIECE_BYTES = 16 << 20
+
+
+class MergedSource:
+    """Reads tensors of a plan as they would be exported, one at a time."""
+
+    def __init__(self, tensors: Iterable[TensorPlan], backend: Backend) -> None:
+        """Know the tensors.
+
+        Args:
+            tensors: Every output tensor of a merge.
+            backend: Does the arithmetic.
+        """
+        self._tensors = {tensor.name: tensor for tensor in tensors}
+        self._backend = backend
+        self._threads = torch.get_num_threads()
+        self._readers = ReaderPool(mode="buffered")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def __enter__(self) -> MergedSource:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._readers.close()
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._tensors)
+
+    def plan(self, name: str) -> TensorPlan:
+        """Return what is planned for a tensor."""
+        return self._tensors[name]
+
+    def load(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return a whole tensor.
+
+        Args:
+            name: Of the tensor.
+            dtype: What its values are converted to; its own by default.
+
+        Raises:
+            NonFiniteError: The merge gives NaN or Inf.
+        """
+        target = self._tensors[name]
+        result = torch.empty(target.shape, dtype=dtype or torch_dtype(target.dtype))
+        flat = result.view(target.rows, target.columns)
+        for begin, piece in self.pieces(name):
+            flat[begin : begin + len(piece)] = piece
+        return result
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let the backend work in one thread, which is what fixes its bits."""
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(self._threads)
+
+    def pieces(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield the first row and the values of one piece of rows after the other.
+
+        Rows are those that the plan cuts tiles of. A piece is overwritten by the next.
+
+        Raises:
+            NonFiniteError: The merge gives NaN or Inf.
+        """
+        target = self._tensors[name]
+        source_row = target.source.dtype.nbytes(target.columns)
+        output_row = target.dtype.nbytes(target.columns)
+        step = max(4, PIECE_BYTES // max(source_row, output_row, 1))
+        factors = None
+        if not isinstance(target.op, CopyBytes):
+            raw = {}
+            for factor in unique_factors(target.terms):
+                raw[factor] = bytearray(factor.nbytes)
+                self._readers.read_tensor(factor, memoryview(raw[factor]))
+            with self._alone():
+                factors = self._backend.load_factors(
+                    target, raw, lambda offset, view: self._read(target, offset, view)
+                )
+        buffer = bytearray(min(target.rows, step + 3) * max(source_row, output_row))
+        for begin, end in split_rows(0, target.rows, step):
+            rows = end - begin
+            # the source at the end of the buffer, so that wider results never reach unread rows
+            at = rows * max(source_row, output_row) - rows * source_row
+            view = memoryview(buffer)
+            self._read(target, begin * source_row, view[at : at + rows * source_row])
+            if factors is not None:
+                tile = Tile(target, begin, end, view, output_offset=0, source_offset=at)
+                with self._alone():
+                    is_finite = self._backend.apply(tile, factors)
+                if not is_finite:
+                    raise NonFiniteError(
+                        f"merged tensor '{name}' holds NaN or Inf",
+                        where=f"rows {begin} to {end - 1}",
+                        hint="the adapter or the base is broken",
+                    )
+            yield (
+                begin,
+                torch.frombuffer(
+                    buffer, dtype=torch_dtype(target.dtype), count=rows * target.columns
+                ).view(rows, target.columns),
+            )
+
+    def rows(self, name: str, indices: torch.Tensor) -> torch.Tensor:
+        """Return some rows of a matrix, the rest of which never stays in memory.
+
+        Args:
+            name: Of the tensor, (rows, columns).
+            indices: Ascending, each once.
+
+        Returns:
+            (len(indices), columns) in the tensor's own dtype.
+        """
+        target = self._tensors[name]
+        found = torch.empty((len(indices), target.columns), dtype=torch_dtype(target.dtype))
+        for begin, piece in self.pieces(name):
+            first = int(torch.searchsorted(indices, begin))
+            last = int(torch.searchsorted(indices, begin + len(piece)))
+            found[first:last] = piece[indices[first:last] - begin]
+        return found
+
+    def _read(self, target: TensorPlan, offset: int, view: memoryview) -> None:
+        source = target.source
+        reader = self._readers.reader(source.path)
+        reader.read_into(source.offset + offset, view)
+        reader.forget(source.offset + offset, len(view))

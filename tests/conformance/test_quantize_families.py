@@ -1,0 +1,176 @@
+"""The layers that are quantized see what transformers' own model computes, family by family."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from streammerge.backends.select import select_backend
+from streammerge.config import parse_config
+from streammerge.engine.prepare import prepare
+from streammerge.quantize import driver as driver_module
+from streammerge.quantize.driver import Driver
+from streammerge.quantize.hidden import HiddenStates
+from streammerge.quantize.settings import QuantizeSettings
+from streammerge.quantize.skeleton import build_skeleton
+from streammerge.quantize.source import MergedSource
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from streammerge.quantize.skeleton import Skeleton
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "llama-bias": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "llama3-rope": (
+        "LlamaConfig",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 8}),
+    "mistral": ("MistralConfig", {"head_dim": 8, "sliding_window": 6}),
+    "gemma": ("GemmaConfig", {"head_dim": 8}),
+    "gemma2": ("Gemma2Config", {"head_dim": 8, "sliding_window": 6, "layer_types": _KINDS}),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 8, "sliding_window": 6, "layer_types": _KINDS}),
+    "phi": ("PhiConfig", {"num_key_value_heads": 4}),
+    "phi3": ("Phi3Config", {"sliding_window": 6}),
+    "olmo2": ("Olmo2Config", {}),
+    "gpt_neox": ("GPTNeoXConfig", {}),
+    "granite": (
+        "GraniteConfig",
+        {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2},
+    ),
+    "cohere": ("CohereConfig", {}),
+    "starcoder2": ("Starcoder2Config", {"sliding_window": 6}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0, 1]}),
+    "glm4": ("Glm4Config", {"head_dim": 8}),
+    "opt": ("OPTConfig", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
+    "bloom": ("BloomConfig", {"n_layer": 3, "n_head": 4}),
+    "falcon": ("FalconConfig", {}),
+}  # fmt: skip
+
+
+def save_model(folder: Path, name: str, options: dict[str, Any]) -> Any:
+    torch.manual_seed(7)
+    sizes = _SIZES if not name.startswith("GPT2") else {"vocab_size": 96, "n_embd": 32}
+    config = getattr(transformers, name)(**{**sizes, **options})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.normal_(0.0 if key.endswith("bias") else 1.0, 0.1)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def open_skeleton(base: Path, output: Path) -> tuple[Skeleton, MergedSource]:
+    config = parse_config({"model_name_or_path": str(base), "export_dir": str(output)})
+    plan = prepare(config)
+    skeleton = build_skeleton(
+        plan.base,
+        config_edits=plan.contents.config_edits,
+        names=[tensor.name for tensor in plan.tensors],
+    )
+    backend = select_backend(
+        numerics=plan.numerics, scratch_bytes=plan.memory.scratch_bytes, tuning=plan.shape.compute
+    )
+    return skeleton, MergedSource(plan.tensors, backend)
+
+
+def run(
+    base: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, ids: torch.Tensor
+) -> tuple[list[torch.Tensor], list[str]]:
+    """Drive the layers with codes that lose nothing; return the states before each and after all.
+
+    Returns:
+        The states, and the names of what was quantized.
+    """
+    seen: list[torch.Tensor] = []
+    write = HiddenStates.write
+
+    def note(self: HiddenStates, layer: int, sample: int, states: torch.Tensor) -> None:
+        if sample == 0:
+            seen.append(states.clone())
+        write(self, layer, sample, states)
+
+    class Exact:
+        relative_error = 0.0
+
+        def __init__(self, weight: torch.Tensor) -> None:
+            self.weight = weight.clone()
+
+        def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+            return self.weight.to(dtype)
+
+    monkeypatch.setattr(HiddenStates, "write", note)
+    monkeypatch.setattr(driver_module, "quantize_rtn", lambda weight, *_, **__: Exact(weight))
+    monkeypatch.setattr(driver_module, "relative_error", lambda *_: 0.0)
+    monkeypatch.setattr(
+        driver_module, "pack_gptq", lambda exact, *_: {"qweight": exact.weight.contiguous()}
+    )
+    skeleton, source = open_skeleton(base, folder / "out")
+    folder.mkdir(exist_ok=True)
+    with source:
+        reports = Driver(skeleton, source, QuantizeSettings("rtn"), ids, folder).run()
+    assert len(reports) == 3
+    return seen, [name for report in reports for name in report.errors]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_before_each_layer_are_those_of_the_model(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_model(tmp_path / "base", *FAMILIES[family])
+    ids = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(1))
+    states, quantized = run(tmp_path / "base", tmp_path / "work", monkeypatch, ids)
+    with torch.no_grad():
+        layers: list[torch.Tensor] = []
+        found, inner = driver_module.__dict__, None
+        del found, inner
+        skeleton, _ = open_skeleton(tmp_path / "base", tmp_path / "out")
+        inputs, outputs = [], []
+        for layer in model.get_submodule(skeleton.layers_name):
+            layer.register_forward_pre_hook(
+                lambda _, args, kwargs: inputs.append(args[0]), with_kwargs=True
+            )
+            layer.register_forward_hook(
+                lambda _, args, out: outputs.append(out[0] if isinstance(out, tuple) else out)
+            )
+        model(input_ids=ids[:1], use_cache=False)
+        layers = [*inputs, outputs[-1]]
+    assert len(states) == len(layers) == 4
+    for number, (got, expected) in enumerate(zip(states, layers, strict=True)):
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4, msg=f"layer {number}")
+    # every linear of every layer has its codes
+    stored = {
+        key.removesuffix(".weight")
+        for key, parameter in model.named_parameters()
+        if parameter.ndim == 2 and key.startswith(f"{skeleton.layers_name}.")
+    }
+    assert set(quantized) == {skeleton.checkpoint_name(n) for n in stored}
