@@ -135,11 +135,14 @@ def quantize_layers(
     import torch  # noqa: PLC0415 (planning needs no torch)
 
     from streammerge.quantize.driver import Driver  # noqa: PLC0415
+    from streammerge.quantize.heap import return_freed_memory  # noqa: PLC0415
     from streammerge.quantize.skeleton import build_skeleton  # noqa: PLC0415
     from streammerge.quantize.source import MergedSource  # noqa: PLC0415
     from streammerge.quantize.tokens import load_calibration  # noqa: PLC0415
 
     _check_base(plan)
+    # what a layer leaves in the heap would otherwise add up over the layers
+    return_freed_memory()
     tensors = {tensor.name: tensor for tensor in plan.tensors}
     skeleton = build_skeleton(
         plan.base, config_edits=plan.contents.config_edits, names=list(tensors)

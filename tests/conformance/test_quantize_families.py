@@ -150,9 +150,6 @@ def test_states_before_each_layer_are_those_of_the_model(
     ids = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(1))
     states, quantized = run(tmp_path / "base", tmp_path / "work", monkeypatch, ids)
     with torch.no_grad():
-        layers: list[torch.Tensor] = []
-        found, inner = driver_module.__dict__, None
-        del found, inner
         skeleton, _ = open_skeleton(tmp_path / "base", tmp_path / "out")
         inputs, outputs = [], []
         for layer in model.get_submodule(skeleton.layers_name):
