@@ -207,6 +207,8 @@ def quantize_layers(
         raise
     finally:
         progress.stop_layers()
+        # gives torch its threads back
+        backend.close()
     return QuantizedPlan(final, layers, calibration.record, settings, work)
 
 

@@ -365,6 +365,14 @@ def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.fixture(autouse=True)
+def _same_threads() -> Iterator[None]:
+    """Leave torch its threads: bits of PEFT's own depend on them."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def mill(tmp_path: Path) -> Mill:
     return Mill(tmp_path)
