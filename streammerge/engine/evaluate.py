@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streammerge.backends.select import select_backend
 from streammerge.checkpoint.writer import require_space
 from streammerge.config import parse_config
 from streammerge.engine.prepare import prepare
@@ -95,8 +94,6 @@ def evaluate(
     Raises:
         StreamMergeError: The checkpoint cannot be evaluated, or needs more memory.
     """
-    import torch  # noqa: PLC0415 (a quarter of a second)
-
     from streammerge.quantize.evaluate import Evaluator  # noqa: PLC0415 (needs torch)
     from streammerge.quantize.heap import return_freed_memory  # noqa: PLC0415 (is beside it)
 
@@ -116,11 +113,10 @@ def evaluate(
             values["max_memory"] = options.max_memory
         config = parse_config(values)
         plan = prepare(config)
-        torch.set_num_threads(config.threads)
         ids = _read_tokens(text, load_tokenizer(plan), max_tokens=options.max_tokens)
         windows = _cut(ids, options.length, text)
-        skeleton, source = _open(plan)
-        with source:
+        with _open_source(plan) as source:
+            skeleton = _skeleton(plan, source)
             _check_room(skeleton, windows, folder, max_memory=config.max_memory)
             count = len(skeleton.layers)
             evaluator = Evaluator(
@@ -155,29 +151,32 @@ def _section(plan: MergePlan) -> dict[str, Any] | None:
     return section if isinstance(section, dict) else None
 
 
-def _open(plan: MergePlan) -> tuple[Skeleton, MergedSource]:
-    """Build the model, and what gives its weights.
+def _open_source(plan: MergePlan) -> MergedSource:
+    """Open what gives the model's weights.
 
     Raises:
-        UnsupportedError: transformers has no such model, or its codes are of another kind.
+        UnsupportedError: The codes of a quantized checkpoint are of another kind.
     """
     from streammerge.quantize.dequantized import (  # noqa: PLC0415 (needs torch)
         DequantizedSource,
         GptqFormat,
     )
-    from streammerge.quantize.skeleton import build_skeleton  # noqa: PLC0415 (needs torch)
     from streammerge.quantize.source import MergedSource  # noqa: PLC0415 (needs torch)
 
-    backend = select_backend(
-        numerics=plan.numerics, scratch_bytes=plan.memory.scratch_bytes, tuning=plan.shape.compute
-    )
     section = _section(plan)
-    if section:
-        source: MergedSource = DequantizedSource(plan.tensors, backend, GptqFormat.of(section))
-    else:
-        source = MergedSource(plan.tensors, backend)
+    return DequantizedSource(plan, GptqFormat.of(section)) if section else MergedSource(plan)
+
+
+def _skeleton(plan: MergePlan, source: MergedSource) -> Skeleton:
+    """Build the model without its weights.
+
+    Raises:
+        UnsupportedError: transformers has no such model, or it cannot be run layer by layer.
+    """
+    from streammerge.quantize.skeleton import build_skeleton  # noqa: PLC0415 (needs torch)
+
     try:
-        skeleton = build_skeleton(
+        return build_skeleton(
             plan.base,
             config_edits=plan.contents.config_edits,
             names=source.names,
@@ -187,7 +186,6 @@ def _open(plan: MergePlan) -> tuple[Skeleton, MergedSource]:
         raise UnsupportedError(
             "model cannot be run layer by layer", where=error.where, got=error.what
         ) from error
-    return skeleton, source
 
 
 def _read_tokens(path: Path, tokenizer: Any, *, max_tokens: int | None) -> list[int]:

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from streammerge.backends.select import select_backend
 from streammerge.checkpoint.digest import digest_file
 from streammerge.checkpoint.header import read_header
 from streammerge.checkpoint.hub import HubOptions
@@ -156,10 +155,6 @@ def quantize_layers(
     )
     _check_shapes(skeleton, settings)
     _check_memory(skeleton, calibration.ids, max_memory=config.max_memory)
-    backend = select_backend(
-        numerics=plan.numerics, scratch_bytes=plan.memory.scratch_bytes, tuning=plan.shape.compute
-    )
-    torch.set_num_threads(config.threads)
     work = Staging(
         plan.output.with_name(f"{plan.output.name}.layers"),
         keeps=frozenset({"hidden0.bin", "hidden1.bin"}),
@@ -175,7 +170,7 @@ def quantize_layers(
     )
     work.open(hashlib.sha256(repr(parts).encode()).hexdigest())
     try:
-        with MergedSource(plan.tensors, backend) as source:
+        with MergedSource(plan) as source:
             progress.start_layers(len(skeleton.layers))
             for _ in work.finished:
                 progress.advance_layer()
@@ -207,8 +202,6 @@ def quantize_layers(
         raise
     finally:
         progress.stop_layers()
-        # gives torch its threads back
-        backend.close()
     return QuantizedPlan(final, layers, calibration.record, settings, work)
 
 

@@ -14,7 +14,7 @@ from streammerge.quantize.source import MergedSource
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from streammerge.backends.base import Backend
+    from streammerge.plan.merge_plan import MergePlan
     from streammerge.plan.ops import TensorPlan
     from streammerge.quantize.settings import CheckpointFormat
 
@@ -60,15 +60,14 @@ class GptqFormat:
 class DequantizedSource(MergedSource):
     """Reads a GPTQ checkpoint; a linear's weight is what its codes stand for, in float32."""
 
-    def __init__(self, tensors: Iterable[TensorPlan], backend: Backend, form: GptqFormat) -> None:
+    def __init__(self, plan: MergePlan, form: GptqFormat) -> None:
         """Know the tensors.
 
         Args:
-            tensors: Every tensor of the checkpoint.
-            backend: Has nothing to do here.
+            plan: Of the checkpoint, without adapters.
             form: How the codes are stored.
         """
-        super().__init__(tensors, backend)
+        super().__init__(plan)
         self._form = form
 
     def __contains__(self, name: str) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from streammerge.backends.base import Tile
+from streammerge.backends.select import select_backend
 from streammerge.backends.torch_factors import torch_dtype
 from streammerge.checkpoint.reader import ReaderPool
 from streammerge.errors import NonFiniteError
@@ -15,9 +16,9 @@ from streammerge.plan.ops import CopyBytes, unique_factors
 from streammerge.plan.tiles import split_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
-    from streammerge.backends.base import Backend
+    from streammerge.plan.merge_plan import MergePlan
     from streammerge.plan.ops import TensorPlan
 
 __all__ = ["MergedSource"]
@@ -29,16 +30,21 @@ PIECE_BYTES = 16 << 20
 class MergedSource:
     """Reads tensors of a plan as they would be exported, one at a time."""
 
-    def __init__(self, tensors: Iterable[TensorPlan], backend: Backend) -> None:
-        """Know the tensors.
+    def __init__(self, plan: MergePlan) -> None:
+        """Take charge of torch's threads; `close` gives them back.
 
         Args:
-            tensors: Every output tensor of a merge.
-            backend: Does the arithmetic.
+            plan: The merge. Its arithmetic has one thread, which is what fixes its bits; whatever
+                is done with the tensors has as many as the plan wants for workers.
         """
-        self._tensors = {tensor.name: tensor for tensor in tensors}
-        self._backend = backend
-        self._threads = torch.get_num_threads()
+        self._tensors = {tensor.name: tensor for tensor in plan.tensors}
+        self._backend = select_backend(
+            numerics=plan.numerics,
+            scratch_bytes=plan.memory.scratch_bytes,
+            tuning=plan.shape.compute,
+        )
+        self._threads = plan.shape.workers
+        torch.set_num_threads(self._threads)
         self._readers = ReaderPool(mode="buffered")
 
     def __contains__(self, name: str) -> bool:
@@ -48,7 +54,12 @@ class MergedSource:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files, and give torch the threads that it had."""
         self._readers.close()
+        self._backend.close()
 
     @property
     def names(self) -> list[str]:
@@ -78,7 +89,7 @@ class MergedSource:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Let the backend work in one thread, which is what fixes its bits."""
+        """Let the backend work in one thread."""
         torch.set_num_threads(1)
         try:
             yield

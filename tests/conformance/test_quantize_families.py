@@ -9,7 +9,6 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from streammerge.backends.select import select_backend
 from streammerge.config import parse_config
 from streammerge.engine.prepare import prepare
 from streammerge.quantize import driver as driver_module
@@ -97,10 +96,7 @@ def open_skeleton(base: Path, output: Path) -> tuple[Skeleton, MergedSource]:
         config_edits=plan.contents.config_edits,
         names=[tensor.name for tensor in plan.tensors],
     )
-    backend = select_backend(
-        numerics=plan.numerics, scratch_bytes=plan.memory.scratch_bytes, tuning=plan.shape.compute
-    )
-    return skeleton, MergedSource(plan.tensors, backend)
+    return skeleton, MergedSource(plan)
 
 
 def run(

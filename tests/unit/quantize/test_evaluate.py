@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
-from streammerge.backends.select import select_backend
 from streammerge.cli.app import app
 from streammerge.config import parse_config
 from streammerge.engine.evaluate import EvaluateOptions, evaluate
@@ -110,10 +109,7 @@ def _loss(model: Any, windows: torch.Tensor) -> float:
 
 def _evaluator(base: Path, windows: torch.Tensor, **changes: Any) -> Evaluator:
     plan = prepare(parse_config({"model_name_or_path": str(base), "export_dir": str(base / "o")}))
-    backend = select_backend(
-        numerics=plan.numerics, scratch_bytes=plan.memory.scratch_bytes, tuning=plan.shape.compute
-    )
-    source = MergedSource(plan.tensors, backend)
+    source = MergedSource(plan)
     skeleton = build_skeleton(base, config_edits={}, names=source.names, is_for_codes=False)
     return Evaluator(skeleton, source, windows, base, **changes)
 

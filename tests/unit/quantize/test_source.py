@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streammerge
-from streammerge.backends.select import select_backend
 from streammerge.config import parse_config
 from streammerge.engine.prepare import prepare
 from streammerge.errors import NonFiniteError
@@ -49,10 +48,7 @@ def config(tmp_path: Path) -> dict[str, str]:
 
 def open_source(config: dict[str, str]) -> MergedSource:
     plan = prepare(parse_config(config))
-    backend = select_backend(
-        numerics=plan.numerics, scratch_bytes=plan.memory.scratch_bytes, tuning=plan.shape.compute
-    )
-    return MergedSource(plan.tensors, backend)
+    return MergedSource(plan)
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 500, 16 << 20])
@@ -87,3 +83,13 @@ def test_a_broken_merge_is_refused(config: dict[str, str]) -> None:
     with open_source(config) as source, pytest.raises(NonFiniteError, match="q_proj"):
         source.load(PROJECTION)
     assert torch.get_num_threads() == threads
+
+
+def test_threads_are_those_of_the_plan_and_are_given_back(config: dict[str, str]) -> None:
+    before = torch.get_num_threads()
+    plan = prepare(parse_config({**config, "threads": before + 2}))
+    with MergedSource(plan) as source:
+        assert torch.get_num_threads() == before + 2
+        source.load(PROJECTION)
+        assert torch.get_num_threads() == before + 2
+    assert torch.get_num_threads() == before
