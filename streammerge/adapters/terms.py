@@ -29,6 +29,7 @@ __all__ = [
     "Factor",
     "LoraTerm",
     "Region",
+    "ScaledTerm",
     "Term",
     "TunerTerm",
     "Weight",
@@ -269,6 +270,28 @@ class TunerTerm(ABC):
         if weight != 1.0:
             raise not_a_sum(type(self).__name__)
         return self
+
+
+class ScaledTerm(TunerTerm):
+    """A tuner's term that adds `scaling` times what does not depend on the weight.
+
+    Subclasses have the field `scaling`.
+    """
+
+    __slots__ = ()
+
+    scaling: float
+
+    @property
+    def is_additive(self) -> bool:
+        """It is."""
+        return True
+
+    def scaled(self, weight: float) -> TunerTerm:
+        """Return `weight` times the term."""
+        term: Any = self
+        scaled: TunerTerm = replace(term, scaling=self.scaling * weight)
+        return scaled
 
 
 Term = LoraTerm | BiasTerm | TunerTerm

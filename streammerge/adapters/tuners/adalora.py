@@ -11,11 +11,11 @@ Source: peft.tuners.adalora (layer.py, model.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from streammerge.adapters.terms import TunerTerm
+from streammerge.adapters.terms import ScaledTerm
 from streammerge.adapters.tuners.base import PlannedTerm, Tuner
 from streammerge.errors import AdapterError
 
@@ -60,7 +60,7 @@ class AdaLoraSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class SingularValuesTerm(TunerTerm):
+class SingularValuesTerm(ScaledTerm):
     """`B @ (A * E) * scaling / (init_r + 1e-5)`."""
 
     a: StoredTensor
@@ -82,15 +82,6 @@ class SingularValuesTerm(TunerTerm):
     def factors(self) -> tuple[StoredTensor, ...]:
         """The decomposition."""
         return (self.a, self.b, self.e)
-
-    @property
-    def is_additive(self) -> bool:
-        """Whether the term adds something that does not depend on the weight."""
-        return True
-
-    def scaled(self, weight: float) -> SingularValuesTerm:
-        """Return `weight` times the term."""
-        return replace(self, scaling=self.scaling * weight)
 
     def work_bytes(self, shape: tuple[int, ...]) -> int:  # noqa: ARG002 (a term's interface)
         """Return what `A * E` holds, and the factors as they are rounded."""

@@ -7,10 +7,10 @@ Source: peft.tuners.beft.layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from streammerge.adapters.terms import TunerTerm
+from streammerge.adapters.terms import ScaledTerm
 from streammerge.adapters.tuners.base import PlannedTerm, Tuner
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ __all__ = ["TUNERS", "AddVectorTerm", "Beft"]
 
 
 @dataclass(frozen=True, slots=True)
-class AddVectorTerm(TunerTerm):
+class AddVectorTerm(ScaledTerm):
     """Add a vector to a bias."""
 
     vector: StoredTensor
@@ -36,15 +36,6 @@ class AddVectorTerm(TunerTerm):
     def factors(self) -> tuple[StoredTensor, ...]:
         """The vector."""
         return (self.vector,)
-
-    @property
-    def is_additive(self) -> bool:
-        """Whether the term adds something that does not depend on the bias."""
-        return True
-
-    def scaled(self, weight: float) -> AddVectorTerm:
-        """Return `weight` times the term."""
-        return replace(self, scaling=self.scaling * weight)
 
     def work_bytes(self, shape: tuple[int, ...]) -> int:
         """Return what the scaled vector holds."""

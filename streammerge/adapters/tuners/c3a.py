@@ -17,11 +17,11 @@ peft.tuners.c3a (layer.py, utils.py). Shapes: N out_features, K in_features, b b
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from streammerge.adapters.terms import TunerTerm
+from streammerge.adapters.terms import ScaledTerm
 from streammerge.adapters.tuners.base import PlannedTerm, Tuner
 from streammerge.adapters.tuners.dense import linear_size
 from streammerge.errors import AdapterError
@@ -97,7 +97,7 @@ class _Groups:
 
 
 @dataclass(frozen=True, slots=True)
-class C3aTerm(TunerTerm):
+class C3aTerm(ScaledTerm):
     """Add a matrix of circulant blocks."""
 
     kernel: StoredTensor
@@ -109,15 +109,6 @@ class C3aTerm(TunerTerm):
     def factors(self) -> tuple[StoredTensor, ...]:
         """The kernel."""
         return (self.kernel,)
-
-    @property
-    def is_additive(self) -> bool:
-        """Whether the term adds something that does not depend on the weight."""
-        return True
-
-    def scaled(self, weight: float) -> C3aTerm:
-        """Return `weight` times the term."""
-        return replace(self, scaling=self.scaling * weight)
 
     def work_bytes(self, shape: tuple[int, ...]) -> int:
         """Return what the transformed kernel, the groups that are kept, and one in work take."""

@@ -12,11 +12,11 @@ Adaptation" (arXiv:2503.18225). Shapes: N out_features, K in_features, R rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from streammerge.adapters.options import first_match
-from streammerge.adapters.terms import TunerTerm
+from streammerge.adapters.terms import ScaledTerm
 from streammerge.adapters.tuners.base import PlannedTerm, Tuner
 from streammerge.adapters.tuners.dense import check_rank, linear_size
 from streammerge.errors import AdapterError
@@ -37,7 +37,7 @@ _LEAST_NORM = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
-class DeloraTerm(TunerTerm):
+class DeloraTerm(ScaledTerm):
     """Add the delta of fixed length."""
 
     a: StoredTensor
@@ -54,15 +54,6 @@ class DeloraTerm(TunerTerm):
     def factors(self) -> tuple[StoredTensor, ...]:
         """The factors, lambda, and the norms."""
         return (self.a, self.b, self.strength, self.column_norms)
-
-    @property
-    def is_additive(self) -> bool:
-        """Whether it adds what does not depend on the weight: it does."""
-        return True
-
-    def scaled(self, weight: float) -> TunerTerm:
-        """Return `weight` times the term."""
-        return replace(self, scaling=self.scaling * weight)
 
     def work_bytes(self, shape: tuple[int, ...]) -> int:
         """Return what B with its scales takes, and A and B while they are measured."""

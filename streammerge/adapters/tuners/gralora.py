@@ -17,10 +17,10 @@ out_features, K in_features, R rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from streammerge.adapters.terms import TunerTerm
+from streammerge.adapters.terms import ScaledTerm
 from streammerge.adapters.tuners.base import PlannedTerm, Tuner
 from streammerge.adapters.tuners.dense import check_rank, linear_size
 from streammerge.errors import AdapterError
@@ -44,7 +44,7 @@ _LEAST_FOR_BLAS = 400
 
 
 @dataclass(frozen=True, slots=True)
-class GraloraTerm(TunerTerm):
+class GraloraTerm(ScaledTerm):
     """Add the deltas of all blocks."""
 
     a: StoredTensor
@@ -61,15 +61,6 @@ class GraloraTerm(TunerTerm):
     def factors(self) -> tuple[StoredTensor, ...]:
         """A and B, and those of the whole weight."""
         return (self.a, self.b, *(self.general or ()))
-
-    @property
-    def is_additive(self) -> bool:
-        """Whether it adds what does not depend on the weight: it does."""
-        return True
-
-    def scaled(self, weight: float) -> TunerTerm:
-        """Return `weight` times the term."""
-        return replace(self, scaling=self.scaling * weight)
 
     def work_bytes(self, shape: tuple[int, ...]) -> int:
         """Return what A takes when it is spread."""

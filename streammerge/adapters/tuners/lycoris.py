@@ -22,12 +22,12 @@ Sources: peft.tuners.loha, peft.tuners.lokr, peft.tuners.lycoris_utils.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from streammerge.adapters.options import first_match
-from streammerge.adapters.terms import TunerTerm
+from streammerge.adapters.terms import ScaledTerm
 from streammerge.adapters.tuners.base import PlannedTerm, Tuner
 from streammerge.adapters.tuners.dense import check_rank
 from streammerge.errors import AdapterError, PlanError
@@ -77,7 +77,7 @@ class LycorisSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class HadamardTerm(TunerTerm):
+class HadamardTerm(ScaledTerm):
     """`scaling` times the element-wise product of two matrices of low rank (LoHa)."""
 
     tensors: tuple[StoredTensor, ...]
@@ -88,15 +88,6 @@ class HadamardTerm(TunerTerm):
     def factors(self) -> tuple[StoredTensor, ...]:
         """The factors of both matrices."""
         return self.tensors
-
-    @property
-    def is_additive(self) -> bool:
-        """Whether the term adds something that does not depend on the weight."""
-        return True
-
-    def scaled(self, weight: float) -> HadamardTerm:
-        """Return `weight` times the term."""
-        return replace(self, scaling=self.scaling * weight)
 
     def work_bytes(self, shape: tuple[int, ...]) -> int:
         """Return what the inner products of the Tucker form hold, (R, K) each, or all of a delta.
@@ -161,7 +152,7 @@ class HadamardTerm(TunerTerm):
 
 
 @dataclass(frozen=True, slots=True)
-class KroneckerTerm(TunerTerm):
+class KroneckerTerm(ScaledTerm):
     """`scaling` times the Kronecker product of two matrices (LoKr)."""
 
     left: tuple[StoredTensor, ...]
@@ -174,15 +165,6 @@ class KroneckerTerm(TunerTerm):
     def factors(self) -> tuple[StoredTensor, ...]:
         """U, then V."""
         return (*self.left, *self.right)
-
-    @property
-    def is_additive(self) -> bool:
-        """Whether the term adds something that does not depend on the weight."""
-        return True
-
-    def scaled(self, weight: float) -> KroneckerTerm:
-        """Return `weight` times the term."""
-        return replace(self, scaling=self.scaling * weight)
 
     def work_bytes(self, shape: tuple[int, ...]) -> int:
         """Return what U and V hold where they are products, and what einsum holds besides."""

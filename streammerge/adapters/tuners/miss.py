@@ -15,10 +15,10 @@ in_features, R rank, M mini_r.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from streammerge.adapters.terms import TunerTerm
+from streammerge.adapters.terms import ScaledTerm, TunerTerm
 from streammerge.adapters.tuners.base import PlannedTerm, Tuner
 from streammerge.adapters.tuners.dense import check_rank, linear_size
 from streammerge.errors import AdapterError
@@ -39,7 +39,7 @@ Form = Literal["balance", "mini", "bat"]
 
 
 @dataclass(frozen=True, slots=True)
-class MissTerm(TunerTerm):
+class MissTerm(ScaledTerm):
     """Add the block to every R columns."""
 
     block: StoredTensor
@@ -50,15 +50,6 @@ class MissTerm(TunerTerm):
     def factors(self) -> tuple[StoredTensor, ...]:
         """The block."""
         return (self.block,)
-
-    @property
-    def is_additive(self) -> bool:
-        """Whether it adds what does not depend on the weight: it does."""
-        return True
-
-    def scaled(self, weight: float) -> TunerTerm:
-        """Return `weight` times the term."""
-        return replace(self, scaling=self.scaling * weight)
 
     def work_bytes(self, shape: tuple[int, ...]) -> int:
         """Return what the block takes when it is turned and scaled."""
