@@ -242,6 +242,19 @@ class Mill:
         """Merge with streammerge."""
         return Workshop(self.folder).export(base, *adapters, **options)
 
+    @staticmethod
+    def rewrite(adapter: Path, end: str, change: Callable[[torch.Tensor], Any] | None) -> None:
+        """Change the tensors of an adapter whose names end so; None takes them away."""
+        path = adapter / "adapter_model.safetensors"
+        tensors = load_file(path)
+        found = [name for name in tensors if name.endswith(end)]
+        assert found
+        for name in found:
+            tensor = tensors.pop(name)
+            if change is not None:
+                tensors[name] = change(tensor).contiguous()
+        save_file(tensors, path)
+
     def check(
         self,
         build: Callable[[], torch.nn.Module],

@@ -9,7 +9,6 @@ import pytest
 import torch
 from peft import BOFTConfig
 from peft.tuners.boft import layer as peft_layer
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -17,7 +16,6 @@ from streammerge.engine.inspect import inspect_folder
 from streammerge.errors import AdapterError, PlanError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -75,17 +73,6 @@ def boft(*targets: str, **options: Any) -> BOFTConfig:
 
 def move(_: str, parameter: nn.Parameter) -> None:
     parameter.add_(0.3 * torch.randn(parameter.shape).to(parameter.dtype))
-
-
-def rewrite(adapter: Path, end: str, change: Callable[[torch.Tensor], Any] | None) -> None:
-    """Change the tensors whose names end so; None takes them away."""
-    path = adapter / "adapter_model.safetensors"
-    tensors = load_file(path)
-    for name in [name for name in tensors if name.endswith(end)]:
-        tensor = tensors.pop(name)
-        if change is not None:
-            tensors[name] = change(tensor).contiguous()
-    save_file(tensors, path)
 
 
 def edit(adapter: Path, **edits: Any) -> None:
@@ -186,7 +173,7 @@ def test_what_inspect_says(mill: Any) -> None:
 def test_damaged_adapters(end: str, change: Any, message: str, mill: Any) -> None:
     base = mill.base(Mlp, torch.float32)
     adapter = mill.adapter(Mlp, boft("lin0"))
-    rewrite(adapter, end, change)
+    mill.rewrite(adapter, end, change)
     with pytest.raises((AdapterError, PlanError), match=message):
         mill.export(base, adapter)
 

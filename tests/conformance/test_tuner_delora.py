@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from peft import DeloraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from streammerge.adapters.adapter import open_adapter
 from streammerge.errors import AdapterError, PlanError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -32,17 +29,6 @@ class Mlp(nn.Module):
 
 def delora(**options: Any) -> DeloraConfig:
     return DeloraConfig(**{"r": 5, "target_modules": TARGETS, **options})
-
-
-def rewrite(adapter: Path, end: str, change: Any) -> None:
-    """Change the tensors whose names end so; None takes them away."""
-    path = adapter / "adapter_model.safetensors"
-    tensors = load_file(path)
-    for name in [name for name in tensors if name.endswith(end)]:
-        tensor = tensors.pop(name)
-        if change is not None:
-            tensors[name] = change(tensor).contiguous()
-    save_file(tensors, path)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -76,7 +62,7 @@ def test_in_turn(mill: Any) -> None:
 def test_half_precision_adapter_files(mill: Any, same_bits: Any) -> None:
     base = mill.base(Mlp, torch.bfloat16)
     adapter = mill.adapter(Mlp, delora())
-    rewrite(adapter, "", lambda tensor: tensor.bfloat16())
+    mill.rewrite(adapter, "", lambda tensor: tensor.bfloat16())
     expected = mill.peft(Mlp, torch.bfloat16, adapter)
     same_bits(mill.export(base, adapter), expected)
 
@@ -106,7 +92,7 @@ def test_weighted_sum(mill: Any) -> None:
 def test_damaged_adapters(end: str, change: Any, message: str, mill: Any) -> None:
     base = mill.base(Mlp, torch.float32)
     adapter = mill.adapter(Mlp, delora())
-    rewrite(adapter, end, change)
+    mill.rewrite(adapter, end, change)
     with pytest.raises((AdapterError, PlanError), match=message):
         mill.export(base, adapter)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from peft import FourierFTConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -66,19 +66,6 @@ class Deep(nn.Module):
 def config(**options: Any) -> FourierFTConfig:
     targets = ["lin0", "lin1", "conv0", "conv1"]
     return FourierFTConfig(**{"n_frequency": 30, "target_modules": targets, **options})
-
-
-def rewrite(adapter: Path, end: str, change: Callable[[torch.Tensor], Any] | None) -> None:
-    """Change the tensors whose names end so; None takes them away."""
-    path = adapter / "adapter_model.safetensors"
-    tensors = load_file(path)
-    found = [name for name in tensors if name.endswith(end)]
-    assert found
-    for name in found:
-        tensor = tensors.pop(name)
-        if change is not None:
-            tensors[name] = change(tensor).contiguous()
-    save_file(tensors, path)
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
@@ -176,7 +163,7 @@ def test_damaged_adapters(mill: Any, edit_config: Any) -> None:
     with pytest.raises(AdapterError, match="bad lin0"):
         open_adapter(adapter)
     edit_config(adapter, n_frequency_pattern={})
-    rewrite(adapter, "lin0.fourierft_spectrum", lambda tensor: tensor[None])
+    mill.rewrite(adapter, "lin0.fourierft_spectrum", lambda tensor: tensor[None])
     with pytest.raises(AdapterError, match="spectrum"):
         open_adapter(adapter)
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from peft import GraloraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from streammerge.adapters.adapter import open_adapter
 from streammerge.errors import AdapterError, PlanError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -58,17 +55,6 @@ class Wide(nn.Module):
 
 def gralora(**options: Any) -> GraloraConfig:
     return GraloraConfig(**{"r": 6, "gralora_k": 2, "target_modules": TARGETS, **options})
-
-
-def rewrite(adapter: Path, end: str, change: Any) -> None:
-    """Change the tensors whose names end so; None takes them away."""
-    path = adapter / "adapter_model.safetensors"
-    tensors = load_file(path)
-    for name in [name for name in tensors if name.endswith(end)]:
-        tensor = tensors.pop(name)
-        if change is not None:
-            tensors[name] = change(tensor).contiguous()
-    save_file(tensors, path)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -151,7 +137,7 @@ def test_weighted_sum(mill: Any) -> None:
 def test_damaged_adapters(end: str, change: Any, message: str, mill: Any) -> None:
     base = mill.base(Mlp, torch.float32)
     adapter = mill.adapter(Mlp, gralora(hybrid_r=2))
-    rewrite(adapter, end, change)
+    mill.rewrite(adapter, end, change)
     with pytest.raises((AdapterError, PlanError), match=message):
         mill.export(base, adapter)
 

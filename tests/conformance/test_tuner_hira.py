@@ -55,17 +55,6 @@ def hira(*targets: str, **options: Any) -> HiraConfig:
     return HiraConfig(**{"r": 5, "target_modules": list(targets or ["lin0", "lin1"]), **options})
 
 
-def rewrite(adapter: Path, end: str, change: Any) -> None:
-    """Change the tensors whose names end so; None takes them away."""
-    path = adapter / "adapter_model.safetensors"
-    tensors = load_file(path)
-    for name in [name for name in tensors if name.endswith(end)]:
-        tensor = tensors.pop(name)
-        if change is not None:
-            tensors[name] = change(tensor).contiguous()
-    save_file(tensors, path)
-
-
 def edit(adapter: Path, **edits: Any) -> None:
     """Change an adapter's configuration."""
     path = adapter / "adapter_config.json"
@@ -174,7 +163,7 @@ def test_no_weighted_sum(mill: Any) -> None:
 def test_damaged_adapters(end: str, change: Any, message: str, mill: Any) -> None:
     base = mill.base(Mlp, torch.float32)
     adapter = mill.adapter(Mlp, hira("lin0", "emb"))
-    rewrite(adapter, end, change)
+    mill.rewrite(adapter, end, change)
     with pytest.raises((AdapterError, PlanError), match=message):
         mill.export(base, adapter)
 

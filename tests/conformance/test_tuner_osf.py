@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from peft import OSFConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from streammerge.adapters.adapter import open_adapter
@@ -38,17 +38,6 @@ class Wide(nn.Module):
 
 def osf(**options: Any) -> OSFConfig:
     return OSFConfig(**{"target_modules": TARGETS, **options})
-
-
-def rewrite(adapter: Path, end: str, change: Any) -> None:
-    """Change the tensors whose names end so; None takes them away."""
-    path = adapter / "adapter_model.safetensors"
-    tensors = load_file(path)
-    for name in [name for name in tensors if name.endswith(end)]:
-        tensor = tensors.pop(name)
-        if change is not None:
-            tensors[name] = change(tensor).contiguous()
-    save_file(tensors, path)
 
 
 def edit(adapter: Path, **edits: Any) -> None:
@@ -134,7 +123,7 @@ def test_no_weighted_sum(mill: Any) -> None:
 def test_damaged_adapters(end: str, change: Any, message: str, mill: Any) -> None:
     base = mill.base(Mlp, torch.float32)
     adapter = mill.adapter(Mlp, osf())
-    rewrite(adapter, end, change)
+    mill.rewrite(adapter, end, change)
     with pytest.raises((AdapterError, PlanError), match=message):
         mill.export(base, adapter)
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from peft import PsoftConfig
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from streammerge.adapters.adapter import open_adapter
@@ -34,17 +33,6 @@ class Mlp(nn.Module):
 
 def psoft(**options: Any) -> PsoftConfig:
     return PsoftConfig(**{"r": 6, "target_modules": TARGETS, **options})
-
-
-def rewrite(adapter: Path, end: str, change: Any) -> None:
-    """Change the tensors whose names end so; None takes them away."""
-    path = adapter / "adapter_model.safetensors"
-    tensors = load_file(path)
-    for name in [name for name in tensors if name.endswith(end)]:
-        tensor = tensors.pop(name)
-        if change is not None:
-            tensors[name] = change(tensor).contiguous()
-    save_file(tensors, path)
 
 
 def edit(adapter: Path, **edits: Any) -> None:
@@ -119,7 +107,7 @@ def test_refused_because_signs_are_lost(mill: Any) -> None:
 def test_damaged_adapters(end: str, change: Any, message: str, mill: Any) -> None:
     base = mill.base(Mlp, torch.float32)
     adapter = mill.adapter(Mlp, psoft())
-    rewrite(adapter, end, change)
+    mill.rewrite(adapter, end, change)
     with pytest.raises(AdapterError, match=message):
         mill.export(base, adapter, **REPRODUCE)
 

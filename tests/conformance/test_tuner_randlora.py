@@ -72,19 +72,6 @@ def config(**options: Any) -> RandLoraConfig:
     return RandLoraConfig(**{"r": 6, "randlora_alpha": 3, "target_modules": targets, **options})
 
 
-def rewrite(adapter: Path, end: str, change: Callable[[torch.Tensor], Any] | None) -> None:
-    """Change the tensors whose names end so; None takes them away."""
-    path = adapter / "adapter_model.safetensors"
-    tensors = load_file(path)
-    found = [name for name in tensors if name.endswith(end)]
-    assert found
-    for name in found:
-        tensor = tensors.pop(name)
-        if change is not None:
-            tensors[name] = change(tensor).contiguous()
-    save_file(tensors, path)
-
-
 def peak_bytes(call: Callable[[], object]) -> int:
     """Return by how much a call raises the resident memory of the process, at its peak."""
     clear = Path("/proc/self/clear_refs")
@@ -190,7 +177,7 @@ def test_another_base(mill: Any) -> None:
     adapter = mill.adapter(Net, config(target_modules=["lin0"]))
     with pytest.raises(AdapterError, match="another base"):
         mill.export(mill.base(Wider, torch.float32), adapter)
-    rewrite(adapter, "gamma", lambda tensor: tensor[:, :-1])
+    mill.rewrite(adapter, "gamma", lambda tensor: tensor[:, :-1])
     with pytest.raises(PlanError, match="another base"):
         mill.export(mill.base(Net, torch.float32), adapter)
 
@@ -198,17 +185,17 @@ def test_another_base(mill: Any) -> None:
 def test_damaged_adapters(mill: Any, edit_config: Any) -> None:
     base = mill.base(Net, torch.float32)
     adapter = mill.adapter(Net, config())
-    rewrite(adapter, "randlora_B", None)
+    mill.rewrite(adapter, "randlora_B", None)
     with pytest.raises(AdapterError, match="adapter has no randlora_B"):
         mill.export(base, adapter)
     edit_config(adapter, r=5)
     with pytest.raises(AdapterError, match="rank of the tensors"):
         open_adapter(adapter)
     edit_config(adapter, r=6)
-    rewrite(adapter, "lin0.randlora_gamma", lambda tensor: tensor[1:])
+    mill.rewrite(adapter, "lin0.randlora_gamma", lambda tensor: tensor[1:])
     with pytest.raises(AdapterError, match="do not belong together"):
         open_adapter(adapter)
-    rewrite(adapter, "lin0.randlora_gamma", None)
+    mill.rewrite(adapter, "lin0.randlora_gamma", None)
     with pytest.raises(AdapterError, match="module has no randlora_gamma"):
         open_adapter(adapter)
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from peft import HRAConfig, LoraConfig, RoadConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from streammerge.engine.inspect import inspect_folder
 from streammerge.errors import AdapterError, PlanError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -48,17 +44,6 @@ def road(*targets: str, **options: Any) -> RoadConfig:
 
 def move(_: str, parameter: nn.Parameter) -> None:
     parameter.add_(0.5 * torch.randn(parameter.shape).to(parameter.dtype))
-
-
-def rewrite(adapter: Path, end: str, change: Callable[[torch.Tensor], Any] | None) -> None:
-    """Change the tensors whose names end so; None takes them away."""
-    path = adapter / "adapter_model.safetensors"
-    tensors = load_file(path)
-    for name in [name for name in tensors if name.endswith(end)]:
-        tensor = tensors.pop(name)
-        if change is not None:
-            tensors[name] = change(tensor).contiguous()
-    save_file(tensors, path)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -168,7 +153,7 @@ def test_what_inspect_says(mill: Any) -> None:
 def test_damaged_adapters(end: str, change: Any, message: str, mill: Any) -> None:
     base = mill.base(Mlp, torch.float32)
     adapter = mill.adapter(Mlp, road("lin0"))
-    rewrite(adapter, end, change)
+    mill.rewrite(adapter, end, change)
     with pytest.raises((AdapterError, PlanError), match=message):
         mill.export(base, adapter)
 

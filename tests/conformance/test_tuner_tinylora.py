@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, TinyLoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from streammerge.adapters.adapter import open_adapter
 from streammerge.errors import AdapterError, PlanError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -56,19 +52,6 @@ TARGETS = [name for name, _ in Net().named_children()]
 
 def config(**options: Any) -> TinyLoraConfig:
     return TinyLoraConfig(**{"r": 4, "u": 9, "target_modules": TARGETS, **options})
-
-
-def rewrite(adapter: Path, end: str, change: Callable[[torch.Tensor], Any] | None) -> None:
-    """Change the tensors whose names end so; None takes them away."""
-    path = adapter / "adapter_model.safetensors"
-    tensors = load_file(path)
-    found = [name for name in tensors if name.endswith(end)]
-    assert found
-    for name in found:
-        tensor = tensors.pop(name)
-        if change is not None:
-            tensors[name] = change(tensor).contiguous()
-    save_file(tensors, path)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -142,7 +125,7 @@ def test_projections_that_do_not_say_whose_they_are(mill: Any, edit_config: Any)
     with pytest.raises(AdapterError, match="that of no layer"):
         mill.export(base, adapter)
     edit_config(adapter, projection_seed=42)
-    rewrite(adapter, "zeta.tinylora_P", lambda tensor: tensor + 1)
+    mill.rewrite(adapter, "zeta.tinylora_P", lambda tensor: tensor + 1)
     with pytest.raises(AdapterError, match="that of no layer"):
         mill.export(base, adapter)
     # of so many single numbers in BF16 some are alike
@@ -171,7 +154,7 @@ def test_damaged_adapters(mill: Any, edit_config: Any) -> None:
     with pytest.raises(AdapterError, match="vectors of more layers"):
         mill.export(base, adapter)
     edit_config(adapter, weight_tying=0.0)
-    rewrite(adapter, "tinylora_v.4", None)
+    mill.rewrite(adapter, "tinylora_v.4", None)
     with pytest.raises(AdapterError, match=r"adapter has no tinylora_v\.4"):
         mill.export(base, adapter)
     for edits, message in (
@@ -184,7 +167,7 @@ def test_damaged_adapters(mill: Any, edit_config: Any) -> None:
         with pytest.raises(AdapterError, match=message):
             open_adapter(adapter)
     edit_config(adapter, projection_seed=42)
-    rewrite(adapter, "zeta.tinylora_B", None)
+    mill.rewrite(adapter, "zeta.tinylora_B", None)
     with pytest.raises(AdapterError, match="module has no tinylora_B"):
         open_adapter(adapter)
 

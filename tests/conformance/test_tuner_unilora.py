@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, UniLoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from streammerge.adapters.adapter import open_adapter
 from streammerge.errors import AdapterError, PlanError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -53,19 +49,6 @@ def config(**options: Any) -> UniLoraConfig:
         "init_theta_d_bound": 0.5,
     }
     return UniLoraConfig(**{**plain, **options})
-
-
-def rewrite(adapter: Path, end: str, change: Callable[[torch.Tensor], Any] | None) -> None:
-    """Change the tensors whose names end so; None takes them away."""
-    path = adapter / "adapter_model.safetensors"
-    tensors = load_file(path)
-    found = [name for name in tensors if name.endswith(end)]
-    assert found
-    for name in found:
-        tensor = tensors.pop(name)
-        if change is not None:
-            tensors[name] = change(tensor).contiguous()
-    save_file(tensors, path)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -131,7 +114,7 @@ def test_another_base(mill: Any) -> None:
 def test_indices_out_of_range(mill: Any) -> None:
     base = mill.base(Net, torch.float32)
     adapter = mill.adapter(Net, config())
-    rewrite(adapter, "zeta.unilora_indices_B", lambda tensor: tensor - 1)
+    mill.rewrite(adapter, "zeta.unilora_indices_B", lambda tensor: tensor - 1)
     with pytest.raises(AdapterError, match="expected 0 to 100"):
         mill.export(base, adapter)
     assert not (mill.folder / "merged").exists()
@@ -143,20 +126,20 @@ def test_damaged_adapters(mill: Any, edit_config: Any) -> None:
     edit_config(adapter, theta_d_length=100)
     with pytest.raises(AdapterError, match="unexpected shape"):
         mill.export(base, adapter)
-    rewrite(adapter, "unilora_theta_d", None)
+    mill.rewrite(adapter, "unilora_theta_d", None)
     with pytest.raises(AdapterError, match="adapter has no unilora_theta_d"):
         mill.export(base, adapter)
     edit_config(adapter, r=4)
     with pytest.raises(AdapterError, match="rank of the tensors"):
         open_adapter(adapter)
     edit_config(adapter, r=5)
-    rewrite(adapter, "zeta.unilora_indices_A", torch.Tensor.float)
+    mill.rewrite(adapter, "zeta.unilora_indices_A", torch.Tensor.float)
     with pytest.raises(AdapterError, match="whole numbers for indices"):
         open_adapter(adapter)
-    rewrite(adapter, "zeta.unilora_scales_A", lambda tensor: tensor[1:])
+    mill.rewrite(adapter, "zeta.unilora_scales_A", lambda tensor: tensor[1:])
     with pytest.raises(AdapterError, match="do not belong together"):
         open_adapter(adapter)
-    rewrite(adapter, "zeta.unilora_scales_A", None)
+    mill.rewrite(adapter, "zeta.unilora_scales_A", None)
     with pytest.raises(AdapterError, match="module has no unilora_scales_A"):
         open_adapter(adapter)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +13,6 @@ from transformers.pytorch_utils import Conv1D
 
 from streammerge.adapters.adapter import open_adapter
 from streammerge.errors import AdapterError, PlanError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -53,19 +49,6 @@ def config(**options: Any) -> VBLoRAConfig:
         "init_vector_bank_bound": 0.5,
     }
     return VBLoRAConfig(**{**plain, **options})
-
-
-def rewrite(adapter: Path, end: str, change: Callable[[torch.Tensor], Any] | None) -> None:
-    """Change the tensors whose names end so; None takes them away."""
-    path = adapter / "adapter_model.safetensors"
-    tensors = load_file(path)
-    found = [name for name in tensors if name.endswith(end)]
-    assert found
-    for name in found:
-        tensor = tensors.pop(name)
-        if change is not None:
-            tensors[name] = change(tensor).contiguous()
-    save_file(tensors, path)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -127,7 +110,7 @@ def test_a_last_weight_below_zero_is_zero(mill: Any) -> None:
     adapter = mill.adapter(Net, config(**options))
     # two of three weights, which are more than one together
     weights = torch.tensor([0.7, 0.3]).nextafter(torch.tensor(1.0))
-    rewrite(adapter, "_topk_weights", weights.expand_as)
+    mill.rewrite(adapter, "_topk_weights", weights.expand_as)
     assert mill.peft(Net, torch.float32, adapter)["lin0.weight"].isnan().all()
     tensors = load_file(adapter / "adapter_model.safetensors")
     bank = tensors["base_model.vblora_vector_bank"]
@@ -164,7 +147,7 @@ def test_another_base(mill: Any) -> None:
 def test_places_out_of_range(mill: Any) -> None:
     base = mill.base(Net, torch.float32)
     adapter = mill.adapter(Net, config(save_only_topk_weights=True))
-    rewrite(adapter, "lin0.vblora_logits_B_topk_indices", lambda tensor: tensor + 17)
+    mill.rewrite(adapter, "lin0.vblora_logits_B_topk_indices", lambda tensor: tensor + 17)
     with pytest.raises(AdapterError, match="out of range"):
         mill.export(base, adapter)
     assert not (mill.folder / "merged").exists()
@@ -183,16 +166,16 @@ def test_damaged_adapters(mill: Any, edit_config: Any) -> None:
     with pytest.raises(AdapterError, match="unexpected shape"):
         open_adapter(adapter)
     edit_config(adapter, num_vectors=17)
-    rewrite(adapter, "vector_bank", lambda tensor: tensor[:, :-1])
+    mill.rewrite(adapter, "vector_bank", lambda tensor: tensor[:, :-1])
     with pytest.raises(AdapterError, match="unexpected shape"):
         mill.export(base, adapter)
-    rewrite(adapter, "vector_bank", None)
+    mill.rewrite(adapter, "vector_bank", None)
     with pytest.raises(AdapterError, match="adapter has no vblora_vector_bank"):
         mill.export(base, adapter)
-    rewrite(adapter, "lin0.vblora_logits_B", lambda tensor: tensor[0])
+    mill.rewrite(adapter, "lin0.vblora_logits_B", lambda tensor: tensor[0])
     with pytest.raises(AdapterError, match="no logits"):
         open_adapter(adapter)
-    rewrite(adapter, "lin0.vblora_logits_B", None)
+    mill.rewrite(adapter, "lin0.vblora_logits_B", None)
     with pytest.raises(AdapterError, match="module has no vblora_logits_B"):
         open_adapter(adapter)
 
@@ -203,7 +186,7 @@ def test_damaged_short_adapters(mill: Any, edit_config: Any) -> None:
     with pytest.raises(AdapterError, match="unexpected shape"):
         open_adapter(adapter)
     edit_config(adapter, topk=2)
-    rewrite(adapter, "A_topk_weights", None)
+    mill.rewrite(adapter, "A_topk_weights", None)
     with pytest.raises(AdapterError, match="module has no vblora_logits_A_topk_weights"):
         open_adapter(adapter)
     path = adapter / "adapter_model.safetensors"

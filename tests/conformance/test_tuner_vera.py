@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from peft import PveraConfig, VeraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -16,7 +16,6 @@ from streammerge.errors import AdapterError, PlanError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -55,19 +54,6 @@ class Wider(nn.Module):
 
 def config(kind: Any, **options: Any) -> Any:
     return kind(**{"r": 6, "target_modules": TARGETS, **options})
-
-
-def rewrite(adapter: Path, end: str, change: Callable[[torch.Tensor], Any] | None) -> None:
-    """Change the tensors whose names end so; None takes them away."""
-    path = adapter / "adapter_model.safetensors"
-    tensors = load_file(path)
-    found = [name for name in tensors if name.endswith(end)]
-    assert found
-    for name in found:
-        tensor = tensors.pop(name)
-        if change is not None:
-            tensors[name] = change(tensor).contiguous()
-    save_file(tensors, path)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -180,7 +166,7 @@ def test_another_base(kind: Any, mill: Any) -> None:
     with pytest.raises(AdapterError, match="another base"):
         mill.export(mill.base(Wider, torch.float32), adapter)
     small = mill.adapter(Net, config(kind, target_modules=["lin0"]), name="small")
-    rewrite(small, "lambda_b", lambda tensor: tensor[:-1])
+    mill.rewrite(small, "lambda_b", lambda tensor: tensor[:-1])
     with pytest.raises(PlanError, match="another base"):
         mill.export(mill.base(Net, torch.float32), small)
     assert not (mill.folder / "merged").exists()
@@ -189,10 +175,10 @@ def test_another_base(kind: Any, mill: Any) -> None:
 def test_damaged_adapters(mill: Any, edit_config: Any) -> None:
     base = mill.base(Net, torch.float32)
     adapter = mill.adapter(Net, config(VeraConfig))
-    rewrite(adapter, "vera_B", None)
+    mill.rewrite(adapter, "vera_B", None)
     with pytest.raises(AdapterError, match="adapter has no vera_B"):
         mill.export(base, adapter)
-    rewrite(adapter, "vera_A", None)
+    mill.rewrite(adapter, "vera_A", None)
     with pytest.raises(AdapterError, match="adapter has no vera_A"):
         mill.export(base, adapter)
     edit_config(adapter, r=7)
@@ -202,10 +188,10 @@ def test_damaged_adapters(mill: Any, edit_config: Any) -> None:
     with pytest.raises(AdapterError, match="bad projection_prng_key"):
         open_adapter(adapter)
     edit_config(adapter, projection_prng_key=0)
-    rewrite(adapter, "lin0.vera_lambda_d", lambda tensor: tensor[None])
+    mill.rewrite(adapter, "lin0.vera_lambda_d", lambda tensor: tensor[None])
     with pytest.raises(AdapterError, match="no vector of the right length"):
         open_adapter(adapter)
-    rewrite(adapter, "lin0.vera_lambda_d", None)
+    mill.rewrite(adapter, "lin0.vera_lambda_d", None)
     with pytest.raises(AdapterError, match="module has no vera_lambda_d"):
         open_adapter(adapter)
 

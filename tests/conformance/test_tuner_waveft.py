@@ -13,7 +13,7 @@ import torch
 from peft import WaveFTConfig, get_peft_model
 from peft.tuners.waveft.constants import WAVELET_REDUCTIONS
 from peft.tuners.waveft.wavelet import Wavelet
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -70,15 +70,6 @@ def config(**options: Any) -> WaveFTConfig:
     targets = ["lin0", "lin1", "conv0", "conv1"]
     plain = {"n_frequency": 90, "target_modules": targets, "init_weights": False}
     return WaveFTConfig(**{**plain, **options})
-
-
-def rewrite(adapter: Path, end: str, change: Callable[[torch.Tensor], Any]) -> None:
-    """Change the tensors whose names end so."""
-    path = adapter / "adapter_model.safetensors"
-    tensors = load_file(path)
-    found = [name for name in tensors if name.endswith(end)]
-    assert found
-    save_file({**tensors, **{name: change(tensors[name]).contiguous() for name in found}}, path)
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
@@ -244,14 +235,14 @@ def test_damaged_adapters(mill: Any, edit_config: Any) -> None:
     with pytest.raises(AdapterError, match="bad random_loc_seed"):
         open_adapter(adapter)
     edit_config(adapter, random_loc_seed=1)
-    rewrite(adapter, "lin0.waveft_spectrum", lambda tensor: tensor[:0])
+    mill.rewrite(adapter, "lin0.waveft_spectrum", lambda tensor: tensor[:0])
     with pytest.raises(AdapterError, match="spectrum"):
         open_adapter(adapter)
 
 
 def test_shares_of_entries_that_do_not_fit(mill: Any) -> None:
     adapter = mill.adapter(Net, config(proportional_parameters=True))
-    rewrite(adapter, "lin0.waveft_spectrum", lambda tensor: tensor[1:])
+    mill.rewrite(adapter, "lin0.waveft_spectrum", lambda tensor: tensor[1:])
     with pytest.raises(PlanError, match="entries"):
         mill.export(mill.base(Net, torch.float32), adapter)
 
