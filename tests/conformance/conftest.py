@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import io
 import json
 import logging
+import os
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -36,12 +39,13 @@ from transformers import (
 )
 
 import streammerge
+from streammerge.backends.torch_cpu import TorchCpuBackend
 from streammerge.config.tuning import ComputeTuning
 from streammerge.engine import machine
+from streammerge.report.export_report import peak_rss_bytes, rss_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -458,6 +462,39 @@ def tiny_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     small = functools.partial(ComputeTuning, ((1 << 30, 64),))
     monkeypatch.setattr(machine, "ComputeTuning", small)
     monkeypatch.setenv("STREAMMERGE_PROFILE", "")
+
+
+@pytest.fixture
+def four_rows(tiny_tiles: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Merge four rows at a time; return how many each step of a tuner's own arithmetic had."""
+    steps: list[int] = []
+    apply = TorchCpuBackend._apply_tuner
+
+    def recorded(term: Any, state: Any, rows: torch.Tensor, *more: Any) -> None:
+        steps.append(len(rows))
+        apply(term, state, rows, *more)
+
+    monkeypatch.setattr(TorchCpuBackend, "_apply_tuner", staticmethod(recorded))
+    return steps
+
+
+@pytest.fixture
+def peak_bytes() -> Callable[[Callable[[], object]], int]:
+    """Say by how much a call raises the resident memory of the process, at its peak."""
+    clear = Path("/proc/self/clear_refs")
+    if not os.access(clear, os.W_OK):
+        pytest.skip("the peak of a process cannot be reset here")
+
+    def measure(call: Callable[[], object]) -> int:
+        gc.collect()
+        clear.write_text("5")
+        before = rss_bytes()
+        kept = call()
+        peak = peak_rss_bytes() - before
+        del kept
+        return peak
+
+    return measure
 
 
 @pytest.fixture

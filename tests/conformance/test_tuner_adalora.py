@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from streammerge.adapters.adapter import open_adapter
-from streammerge.adapters.tuners.adalora import SingularValuesTerm
 from streammerge.errors import AdapterError, PlanError
 
 if TYPE_CHECKING:
@@ -42,22 +41,6 @@ class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.lin0 = nn.Linear(12, 20)
-
-
-@pytest.fixture
-def four_rows(tiny_tiles: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Merge four rows at a time; return how many each step had."""
-    steps: list[int] = []
-    apply = SingularValuesTerm.apply
-
-    def recorded(
-        self: SingularValuesTerm, rows: torch.Tensor, begin: int, state: Any
-    ) -> torch.Tensor:
-        steps.append(len(rows))
-        return apply(self, rows, begin, state)
-
-    monkeypatch.setattr(SingularValuesTerm, "apply", recorded)
-    return steps
 
 
 def config(**options: Any) -> AdaLoraConfig:

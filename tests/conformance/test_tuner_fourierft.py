@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-import os
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +18,6 @@ from streammerge.adapters.tuners.fourierft import FourierTerm
 from streammerge.checkpoint.header import StoredTensor
 from streammerge.dtypes import Dtype
 from streammerge.errors import AdapterError, PlanError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -66,25 +61,6 @@ class Deep(nn.Module):
 def config(**options: Any) -> FourierFTConfig:
     targets = ["lin0", "lin1", "conv0", "conv1"]
     return FourierFTConfig(**{"n_frequency": 30, "target_modules": targets, **options})
-
-
-def peak_bytes(call: Callable[[], object]) -> int:
-    """Return by how much a call raises the resident memory of the process, at its peak."""
-    clear = Path("/proc/self/clear_refs")
-    if not os.access(clear, os.W_OK):
-        pytest.skip("the peak of a process cannot be reset here")
-    gc.collect()
-    clear.write_text("5")
-    before = resident("VmRSS:")
-    kept = call()
-    peak = resident("VmHWM:") - before
-    del kept
-    return peak
-
-
-def resident(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -176,7 +152,7 @@ def test_description(mill: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_memory_is_what_was_planned(dtype: torch.dtype) -> None:
+def test_memory_is_what_was_planned(dtype: torch.dtype, peak_bytes: Any) -> None:
     shape, count = (1009, 1500), 3000
     stored = StoredTensor("spectrum", Dtype.F32, (count,), Path("none"), 0)
     term = FourierTerm(False, stored, 150.0, 777)

@@ -13,7 +13,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from streammerge.adapters.adapter import open_adapter
-from streammerge.adapters.tuners.lycoris import HadamardTerm
 from streammerge.errors import AdapterError, PlanError
 
 if TYPE_CHECKING:
@@ -45,20 +44,6 @@ class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.lin0 = nn.Linear(12, 20)
-
-
-@pytest.fixture
-def four_rows(tiny_tiles: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Merge four rows at a time; return how many each step had."""
-    steps: list[int] = []
-    apply = HadamardTerm.apply
-
-    def recorded(self: HadamardTerm, rows: torch.Tensor, begin: int, state: Any) -> torch.Tensor:
-        steps.append(len(rows))
-        return apply(self, rows, begin, state)
-
-    monkeypatch.setattr(HadamardTerm, "apply", recorded)
-    return steps
 
 
 @pytest.mark.parametrize("effective", [False, True], ids=["flat", "tucker"])

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-import os
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +19,6 @@ from streammerge.adapters.tuners.randlora import DrawnBases, RandLoraTerm
 from streammerge.checkpoint.header import StoredTensor
 from streammerge.dtypes import Dtype
 from streammerge.errors import AdapterError, PlanError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -70,25 +65,6 @@ class Large(nn.Module):
 def config(**options: Any) -> RandLoraConfig:
     targets = ["lin0", "lin1", "conv0", "conv1"]
     return RandLoraConfig(**{"r": 6, "randlora_alpha": 3, "target_modules": targets, **options})
-
-
-def peak_bytes(call: Callable[[], object]) -> int:
-    """Return by how much a call raises the resident memory of the process, at its peak."""
-    clear = Path("/proc/self/clear_refs")
-    if not os.access(clear, os.W_OK):
-        pytest.skip("the peak of a process cannot be reset here")
-    gc.collect()
-    clear.write_text("5")
-    before = resident("VmRSS:")
-    kept = call()
-    peak = resident("VmHWM:") - before
-    del kept
-    return peak
-
-
-def resident(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -215,7 +191,7 @@ def test_description(mill: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", ["stored", "dense", "sparse"])
-def test_memory_is_what_was_planned(kind: str, dtype: torch.dtype) -> None:
+def test_memory_is_what_was_planned(kind: str, dtype: torch.dtype, peak_bytes: Any) -> None:
     shape, rank, bases = (1000, 1500), 32, 32
     compute = torch.float64 if dtype is torch.float64 else torch.float32
     shapes = (rank, bases), (bases, 1000), (rank, 1, 1000), (1500, bases, rank)

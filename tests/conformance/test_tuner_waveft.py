@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-import os
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -24,10 +22,8 @@ from streammerge.checkpoint.header import StoredTensor
 from streammerge.dtypes import Dtype
 from streammerge.errors import AdapterError, PlanError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-pytestmark = pytest.mark.filterwarnings("ignore")
+# with several threads PEFT's own last digits depend on their number, but for db1
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -70,34 +66,6 @@ def config(**options: Any) -> WaveFTConfig:
     targets = ["lin0", "lin1", "conv0", "conv1"]
     plain = {"n_frequency": 90, "target_modules": targets, "init_weights": False}
     return WaveFTConfig(**{**plain, **options})
-
-
-def peak_bytes(call: Callable[[], object]) -> int:
-    """Return by how much a call raises the resident memory of the process, at its peak."""
-    clear = Path("/proc/self/clear_refs")
-    if not os.access(clear, os.W_OK):
-        pytest.skip("the peak of a process cannot be reset here")
-    gc.collect()
-    clear.write_text("5")
-    before = resident("VmRSS:")
-    kept = call()
-    peak = resident("VmHWM:") - before
-    del kept
-    return peak
-
-
-def resident(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """With several threads PEFT's own last digits depend on their number, but for db1."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -256,7 +224,9 @@ def test_description(mill: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("wavelet", [None, "db1", "db4", "coif4"])
-def test_memory_is_what_was_planned(wavelet: str | None, dtype: torch.dtype) -> None:
+def test_memory_is_what_was_planned(
+    wavelet: str | None, dtype: torch.dtype, peak_bytes: Any
+) -> None:
     shape, count = (700, 900), 3000
     stored = StoredTensor("spectrum", Dtype.F32, (count,), Path("none"), 0)
     term = waveft.WaveTerm(False, stored, 25.0, 777, wavelet, dtype.itemsize)
