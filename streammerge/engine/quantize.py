@@ -190,12 +190,7 @@ def quantize_layers(
                 dtype=dtype,
             )
             layers = driver.run()
-        names = {
-            path: name
-            for number in range(len(skeleton.layers))
-            for path, name in _modules(skeleton, number).items()
-        }
-        final = _final_plan(plan, config, settings, work.folder, names, skeleton)
+        final = _final_plan(plan, config, settings, work.folder, skeleton)
         final = replace(final, notes=(*final.notes, *_loader_notes(skeleton, settings)))
     except BaseException:
         work.release()
@@ -241,12 +236,6 @@ def bytes_needed(plan: MergePlan, settings: QuantizeSettings) -> int:
     return 2 * packed + rest + hidden
 
 
-def _modules(skeleton: Skeleton, number: int) -> dict[str, str]:
-    """Return the quantized modules of a layer: checkpoint names by path in memory."""
-    prefix = skeleton.layer_prefix(number)
-    return {f"{prefix}{path}": name for path, name in skeleton.linears(number).items()}
-
-
 def _check_base(plan: MergePlan) -> None:
     quantized = plan.base_config.get("quantization_config")
     if quantized:
@@ -257,8 +246,6 @@ def _check_base(plan: MergePlan) -> None:
             got=f"quant_method {method}",
             hint="give the model in 16 bit; a second quantization would only lose more",
         )
-    if plan.layout != "safetensors":
-        raise UnsupportedError("export_legacy_format has no form for quantized weights")
 
 
 def load_tokenizer(plan: MergePlan) -> Any:
@@ -290,10 +277,8 @@ def _check_shapes(skeleton: Skeleton, settings: QuantizeSettings) -> None:
     from streammerge.quantize.pack import PackedLayout  # noqa: PLC0415 (needs torch)
 
     layout = PackedLayout.of(settings)
-    for number, layer in enumerate(skeleton.layers):
-        for path, name in skeleton.linears(number).items():
-            linear: Any = layer.get_submodule(path)
-            layout.check(linear.out_features, linear.in_features, where=name)
+    for module in skeleton.all_linears():
+        layout.check(*module.size, where=module.name)
 
 
 def _loader_notes(skeleton: Skeleton, settings: QuantizeSettings) -> list[str]:
@@ -301,20 +286,14 @@ def _loader_notes(skeleton: Skeleton, settings: QuantizeSettings) -> list[str]:
     from streammerge.quantize.pack import PackedLayout  # noqa: PLC0415 (needs torch)
 
     layout = PackedLayout.of(settings)
-    found = {}
-    for number, layer in enumerate(skeleton.layers):
-        for path, name in skeleton.linears(number).items():
-            linear: Any = layer.get_submodule(path)
-            shape = linear.out_features, linear.in_features
-            if not layout.is_whole(*shape):
-                found[name] = shape
+    found = [module for module in skeleton.all_linears() if not layout.is_whole(*module.size)]
     if not found:
         return []
-    name, (rows, features) = next(iter(found.items()))
+    name, (rows, features) = found[0].name, found[0].size
     sizes = [
         size
         for size in (128, 64, 32, -1)
-        if all(replace(layout, group_size=size).is_whole(*shape) for shape in found.values())
+        if all(replace(layout, group_size=size).is_whole(*module.size) for module in found)
     ]
     advice = (
         f"export_quantization_group_size: {sizes[0]} would do"
@@ -365,7 +344,6 @@ def _final_plan(
     config: ExportConfig,
     settings: QuantizeSettings,
     folder: Path,
-    names: dict[str, str],
     skeleton: Skeleton,
 ) -> MergePlan:
     """Put what the layers have become in the place of their weights."""
@@ -388,8 +366,9 @@ def _final_plan(
         module = tensor.name.removesuffix(".weight")
         is_replaced = tensor.name.endswith(".weight") and module in packed
         tensors.extend(packed[module] if is_replaced else [changed.get(tensor.name, tensor)])
-    kept = _kept_linears(skeleton, set(names))
-    section = quantization_section(settings, quantized=sorted(names), kept=kept)
+    quantized = {module.path for module in skeleton.all_linears()}
+    kept = _kept_linears(skeleton, quantized)
+    section = quantization_section(settings, quantized=sorted(quantized), kept=kept)
     contents = replace(
         plan.contents,
         tensors=tuple(tensors),

@@ -14,30 +14,23 @@ from __future__ import annotations
 import json
 import os
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 
-from streammerge.backends.torch_factors import torch_dtype
 from streammerge.checkpoint.header import read_header
 from streammerge.errors import QuantizationError
-from streammerge.quantize.around import Embedding, Reached, Recorders
-from streammerge.quantize.awq import Moments, find_scales, quantize_awq
-from streammerge.quantize.gptq import GptqOptions, Hessian, quantize_gptq, relative_error
+from streammerge.quantize.around import Embedding, Recorders
 from streammerge.quantize.hidden import HiddenStates
-from streammerge.quantize.pack import pack_awq, pack_gptq, unpack_awq
-from streammerge.quantize.rtn import quantize_rtn
-from streammerge.quantize.scaling import find_previous, takes_scales
+from streammerge.quantize.methods import method_of
+from streammerge.quantize.runner import LayerRunner
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Collection
     from pathlib import Path
 
-    from streammerge.quantize.linear import QuantizedLinear
-    from streammerge.quantize.scaling import Previous
     from streammerge.quantize.settings import QuantizeSettings
     from streammerge.quantize.skeleton import Skeleton
     from streammerge.quantize.source import MergedSource
@@ -45,8 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["Driver", "LayerReport", "layer_file"]
 
 _REPORT = "report"
-# of float16: smaller scales lose bits
-_LEAST_NORMAL = 2.0**-14
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,32 +133,20 @@ class Driver:
     def _layer(self, number: int, states: HiddenStates) -> LayerReport:
         started = time.perf_counter()
         layer = self.skeleton.load_layer(number, self.source, dtype=self.dtype)
-        runner = _LayerRunner(layer, self._keywords[number], states, number)
-        names = self._names = self.skeleton.linears(number)
-        stored: dict[str, torch.Tensor] = {}
-        errors, unscaled = {}, []
-        is_awq = self.settings.method == "awq"
+        runner = LayerRunner(layer, self._keywords[number], states, number)
+        names = self.skeleton.linears(number)
         groups = runner.groups(names)
         self._check_groups(groups, names)
+        method = method_of(self.settings)(
+            runner, self.settings, self.source, lambda path: self.skeleton.module_name(number, path)
+        )
         for group in groups:
-            if is_awq:
-                done, is_scaled = self._quantize_awq(runner, group, number, stored)
-                unscaled += [] if is_scaled else [names[path] for path in group]
-            else:
-                done = self._quantize(runner, group)
-            for path, quantized in done.items():
-                if is_awq:
-                    packed = pack_awq(quantized)
-                else:
-                    packed = pack_gptq(quantized, self.settings.checkpoint_format)
-                stored.update({f"{names[path]}.{end}": t for end, t in packed.items()})
-                errors[names[path]] = quantized.relative_error
-                runner.weight(path).copy_(quantized.dequantize(self.dtype))
-        for sample in range(states.samples):
-            states.write(number + 1, sample, runner.run(sample))
+            method.quantize(group)
+        runner.advance()
         states.flush(number + 1)
-        report = LayerReport(number, time.perf_counter() - started, errors, unscaled)
-        self._save(number, stored, report)
+        seconds = time.perf_counter() - started
+        report = LayerReport(number, seconds, method.errors, method.unscaled)
+        self._save(number, method.stored, report)
         self.skeleton.release(number)
         return report
 
@@ -184,129 +163,6 @@ class Driver:
                     hint="this architecture is not quantized by this version",
                 )
 
-    def _quantize(self, runner: _LayerRunner, group: list[str]) -> dict[str, QuantizedLinear]:
-        """Quantize the linears of one group, which share their input."""
-        settings = self.settings
-        weights = {path: runner.weight(path) for path in group}
-        hessian = Hessian(next(iter(weights.values())).shape[1])
-        for inputs in runner.inputs(group[0]):
-            hessian.add(inputs)
-        done = {}
-        for path, weight in weights.items():
-            if settings.method == "rtn":
-                done[path] = quantize_rtn(
-                    weight, settings.grid, settings.group_size, name=self._names[path]
-                )
-                done[path].relative_error = relative_error(weight, done[path], hessian.matrix)
-                continue
-            options = GptqOptions(
-                settings.grid,
-                settings.group_size,
-                damp=settings.damp,
-                act_order=settings.act_order,
-                desc_act=settings.desc_act,
-            )
-            done[path] = quantize_gptq(weight, hessian.matrix, options, name=self._names[path])
-        return done
-
-    def _quantize_awq(
-        self, runner: _LayerRunner, group: list[str], number: int, stored: dict[str, torch.Tensor]
-    ) -> tuple[dict[str, QuantizedLinear], bool]:
-        """Quantize the linears of one group, and let the operation before them take the scales.
-
-        Returns:
-            The linears, and whether there is such an operation.
-        """
-        settings = self.settings
-        weights = {path: runner.weight(path) for path in group}
-        moments = Moments(next(iter(weights.values())).shape[1])
-        for inputs in runner.inputs(group[0]):
-            moments.add(inputs)
-        previous = self._previous(runner, group, number, stored)
-        scales = torch.ones(len(moments.magnitude))
-        if previous is not None:
-            wanted = find_scales(
-                list(weights.values()),
-                moments,
-                settings.grid,
-                settings.group_size,
-                name=self._stored_name(number, group[0]),
-            )
-            if not bool((wanted == 1).all()):
-                scales = self._divide(runner, previous, wanted, number, stored)
-        done = {
-            path: quantize_awq(
-                weight,
-                scales,
-                moments.hessian,
-                settings.grid,
-                settings.group_size,
-                name=self._stored_name(number, path),
-            )
-            for path, weight in weights.items()
-        }
-        return done, previous is not None
-
-    def _previous(
-        self, runner: _LayerRunner, group: list[str], number: int, stored: dict[str, torch.Tensor]
-    ) -> Previous | None:
-        """Return the operation that can take the scales of a group."""
-        linears = [runner.layer.get_submodule(path) for path in group]
-        for previous in find_previous(runner.layer, group):
-            name = self._stored_name(number, previous.path)
-            is_done = not previous.is_linear or f"{name}.scales" in stored
-            if is_done and takes_scales(
-                previous, linears, lambda: (runner.states(0), runner.run(0))
-            ):
-                return previous
-        return None
-
-    def _divide(
-        self,
-        runner: _LayerRunner,
-        previous: Previous,
-        scales: torch.Tensor,
-        number: int,
-        stored: dict[str, torch.Tensor],
-    ) -> torch.Tensor:
-        """Divide an operation's outputs, in the layer and in what is stored of it.
-
-        Returns:
-            (K,) float32: what they have been divided by indeed.
-        """
-        name = self._stored_name(number, previous.path)
-        dtypes = {
-            end: torch_dtype(self.source.plan(f"{name}.{end}").dtype)
-            for end in ("weight", "bias")
-            if f"{name}.{end}" in self.source
-        }
-        if not previous.is_linear:
-            applied = previous.divide(scales, dtypes.__getitem__)
-        else:
-            ends = ("qweight", "qzeros", "scales")
-            quantized = unpack_awq(
-                {end: stored[f"{name}.{end}"] for end in ends},
-                group_size=self.settings.group_size,
-            )
-            # the codes stay, and their steps become smaller, of which float16 knows no end
-            rows = quantized.scales[previous.rows]
-            most = (rows.amin(dim=1) / _LEAST_NORMAL).clamp_(min=1.0)
-            applied = previous.divide(torch.minimum(scales, most), dtypes.__getitem__)
-            rows /= applied[:, None]
-            quantized.scales = quantized.scales.half().float()
-            stored.update({f"{name}.{end}": t for end, t in pack_awq(quantized).items()})
-            runner.weight(previous.path).copy_(quantized.dequantize(self.dtype))
-            del dtypes["weight"]
-        for end, dtype in dtypes.items():
-            value = previous.module.get_parameter(end).data
-            stored[f"{name}.{end}"] = value.to(dtype)
-        return applied
-
-    def _stored_name(self, number: int, path: str) -> str:
-        """Return the checkpoint's name of a module of a layer."""
-        full = f"{self.skeleton.layer_prefix(number)}{path}.weight"
-        return self.skeleton.checkpoint_name(full).removesuffix(".weight")
-
     def _save(self, number: int, tensors: dict[str, torch.Tensor], report: LayerReport) -> None:
         path = layer_file(self.folder, number)
         partial = path.with_suffix(".partial")
@@ -314,81 +170,3 @@ class Driver:
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
-
-
-class _LayerRunner:
-    """Runs the calibration samples through one layer, or up to a linear of it."""
-
-    def __init__(
-        self, layer: torch.nn.Module, keywords: dict[str, Any], states: HiddenStates, number: int
-    ) -> None:
-        self.layer = layer
-        self._keywords = keywords
-        self._states = states
-        self._number = number
-
-    def weight(self, path: str) -> torch.Tensor:
-        """Return the weight of a linear, (N, K)."""
-        weight = self.layer.get_submodule(path).weight
-        assert isinstance(weight, torch.Tensor)
-        return weight.data
-
-    def states(self, sample: int) -> torch.Tensor:
-        """Return the layer's input for a sample, (1, tokens, hidden)."""
-        return self._states.read(self._number, sample)
-
-    def run(self, sample: int) -> torch.Tensor:
-        """Return the layer's output for a sample, (1, tokens, hidden)."""
-        output = self.layer(self._states.read(self._number, sample), **self._keywords)
-        states: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return states
-
-    def inputs(self, path: str) -> Iterator[torch.Tensor]:
-        """Yield the input of a linear for each sample."""
-        for sample in range(self._states.samples):
-            yield self._input(path, sample)
-
-    def groups(self, names: dict[str, str]) -> list[list[str]]:
-        """Return the linears that share an input, group by group in the order of the layer's work.
-
-        Linears that no sample reaches are not among them.
-        """
-        seen: list[tuple[int, tuple[int, ...], str]] = []
-        hooks = []
-        for path in names:
-
-            def note(_: object, arguments: tuple[torch.Tensor, ...], path: str = path) -> None:
-                # kept alive, so that no other tensor gets its address
-                kept.append(arguments[0])
-                seen.append((arguments[0].data_ptr(), tuple(arguments[0].shape), path))
-
-            hooks.append(self.layer.get_submodule(path).register_forward_pre_hook(note))
-        kept: list[torch.Tensor] = []
-        try:
-            self.run(0)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        groups: list[list[str]] = []
-        last: tuple[int, tuple[int, ...]] | None = None
-        for pointer, shape, path in seen:
-            if (pointer, shape) != last:
-                groups.append([])
-                last = (pointer, shape)
-            groups[-1].append(path)
-        return groups
-
-    def _input(self, path: str, sample: int) -> torch.Tensor:
-        found: list[torch.Tensor] = []
-
-        def take(_: object, arguments: tuple[torch.Tensor, ...]) -> None:
-            found.append(arguments[0])
-            raise Reached
-
-        hook = self.layer.get_submodule(path).register_forward_pre_hook(take)
-        try:
-            with suppress(Reached):
-                self.run(sample)
-        finally:
-            hook.remove()
-        return found[0]

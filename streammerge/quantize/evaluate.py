@@ -20,6 +20,7 @@ import torch
 from streammerge.errors import UnsupportedError
 from streammerge.quantize.around import Embedding, Recorders
 from streammerge.quantize.hidden import HiddenStates
+from streammerge.quantize.runner import LayerRunner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -117,10 +118,9 @@ class Evaluator:
 
     def _layer(self, number: int, states: HiddenStates) -> None:
         layer = self.skeleton.load_layer(number, self.source, dtype=self.dtype)
-        for window in range(states.samples):
-            output = layer(states.read(number, window), **self._keywords[number])
-            self._returns_tuple = isinstance(output, tuple)
-            states.write(number + 1, window, output[0] if isinstance(output, tuple) else output)
+        runner = LayerRunner(layer, self._keywords[number], states, number)
+        runner.advance()
+        self._returns_tuple = runner.returns_tuple
         self.skeleton.release(number)
 
     # behind the last layer

@@ -21,11 +21,23 @@ if TYPE_CHECKING:
 
     from streammerge.quantize.source import MergedSource
 
-__all__ = ["Skeleton", "build_skeleton"]
+__all__ = ["QuantizedModule", "Skeleton", "build_skeleton"]
 
 _OTHER_TOWERS = ("vision", "visual", "audio", "encoder", "image")
 # routers decide which experts see a token; codes of theirs would move tokens to other experts
 _ROUTERS = ("gate", "router", "shared_expert_gate")
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedModule:
+    """A linear that is quantized."""
+
+    path: str
+    """In the model in memory."""
+    name: str
+    """In the checkpoint, without `.weight`."""
+    size: tuple[int, int]
+    """N and K."""
 
 
 @dataclass(slots=True)
@@ -57,14 +69,24 @@ class Skeleton:
         Returns:
             By path within the layer; routers are left alone.
         """
-        prefix = self.layer_prefix(number)
-        found = {}
-        for path, module in self.layers[number].named_modules():
-            is_router = path.rpartition(".")[2] in _ROUTERS
-            if isinstance(module, torch.nn.Linear) and not is_router:
-                name = self.checkpoint_name(f"{prefix}{path}.weight")
-                found[path] = name.removesuffix(".weight")
-        return found
+        return {
+            path: self.module_name(number, path)
+            for path, module in self.layers[number].named_modules()
+            if isinstance(module, torch.nn.Linear) and path.rpartition(".")[2] not in _ROUTERS
+        }
+
+    def all_linears(self) -> Iterator[QuantizedModule]:
+        """Yield the linears of all layers that are quantized."""
+        for number, layer in enumerate(self.layers):
+            for path, name in self.linears(number).items():
+                linear: Any = layer.get_submodule(path)
+                size = linear.out_features, linear.in_features
+                yield QuantizedModule(f"{self.layer_prefix(number)}{path}", name, size)
+
+    def module_name(self, number: int, path: str) -> str:
+        """Return the checkpoint's name of a module of a layer, by its path in the layer."""
+        full = f"{self.layer_prefix(number)}{path}.weight"
+        return self.checkpoint_name(full).removesuffix(".weight")
 
     def load_layer(
         self, number: int, source: MergedSource, *, dtype: torch.dtype

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from streammerge.config import parse_config
 from streammerge.engine.prepare import prepare
-from streammerge.quantize import driver as driver_module
+from streammerge.quantize import methods as methods_module
 from streammerge.quantize.driver import Driver
 from streammerge.quantize.hidden import HiddenStates
 from streammerge.quantize.settings import QuantizeSettings
@@ -125,10 +125,10 @@ def run(
             return self.weight.to(dtype)
 
     monkeypatch.setattr(HiddenStates, "write", note)
-    monkeypatch.setattr(driver_module, "quantize_rtn", lambda weight, *_, **__: Exact(weight))
-    monkeypatch.setattr(driver_module, "relative_error", lambda *_: 0.0)
+    monkeypatch.setattr(methods_module, "quantize_rtn", lambda weight, *_, **__: Exact(weight))
+    monkeypatch.setattr(methods_module, "relative_error", lambda *_: 0.0)
     monkeypatch.setattr(
-        driver_module, "pack_gptq", lambda exact, *_: {"qweight": exact.weight.contiguous()}
+        methods_module, "pack_gptq", lambda exact, *_: {"qweight": exact.weight.contiguous()}
     )
     skeleton, source = open_skeleton(base, folder / "out")
     folder.mkdir(exist_ok=True)

@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import AwqConfig
 
 import streammerge
 from streammerge.errors import QuantizationError, StreamMergeError, UnsupportedError
-from streammerge.quantize import driver
+from streammerge.quantize import methods
 from streammerge.quantize.pack import unpack_awq, unpack_gptq
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def test_a_run_that_was_cut_off_ends_in_the_same_bytes(
     outputs: dict[str, Path], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = 0
-    real: Callable[..., Any] = driver.quantize_awq
+    real: Callable[..., Any] = methods.quantize_awq
 
     def fail(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
@@ -152,7 +152,7 @@ def test_a_run_that_was_cut_off_ends_in_the_same_bytes(
             raise QuantizationError("cut off")
         return real(*arguments, **options)
 
-    monkeypatch.setattr(driver, "quantize_awq", fail)
+    monkeypatch.setattr(methods, "quantize_awq", fail)
     with pytest.raises(StreamMergeError, match="cut off"):
         export(folder, "awq", "again")
     assert not (folder / "again").exists()

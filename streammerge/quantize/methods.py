@@ -1,0 +1,193 @@
+"""What each method does to a group of linears that share their input."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+
+from streammerge.backends.torch_factors import torch_dtype
+from streammerge.quantize.awq import Moments, find_scales, quantize_awq
+from streammerge.quantize.gptq import GptqOptions, Hessian, quantize_gptq, relative_error
+from streammerge.quantize.pack import pack_awq, pack_gptq, unpack_awq
+from streammerge.quantize.rtn import quantize_rtn
+from streammerge.quantize.scaling import find_previous, takes_scales
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from streammerge.quantize.linear import QuantizedLinear
+    from streammerge.quantize.runner import LayerRunner
+    from streammerge.quantize.scaling import Previous
+    from streammerge.quantize.settings import QuantizeSettings
+    from streammerge.quantize.source import MergedSource
+
+__all__ = ["LayerMethod", "method_of"]
+
+# of float16: smaller scales lose bits
+_LEAST_NORMAL = 2.0**-14
+
+
+class LayerMethod(ABC):
+    """Quantizes one layer, group by group, in the order of the layer's work."""
+
+    def __init__(
+        self,
+        runner: LayerRunner,
+        settings: QuantizeSettings,
+        source: MergedSource,
+        name_of: Callable[[str], str],
+    ) -> None:
+        """Begin a layer.
+
+        Args:
+            runner: The layer, whose weights become what their codes stand for.
+            settings: How to quantize.
+            source: What is stored of the layer unquantized.
+            name_of: Gives the checkpoint's name of a module by its path in the layer.
+        """
+        self.runner, self.settings, self.source, self.name_of = runner, settings, source, name_of
+        self.stored: dict[str, torch.Tensor] = {}
+        """What the layer has become, by the checkpoint's names."""
+        self.errors: dict[str, float] = {}
+        """Relative error of each linear's outputs."""
+        self.unscaled: list[str] = []
+        """Linears whose inputs nothing could scale, where the method would."""
+
+    @abstractmethod
+    def quantize(self, group: list[str]) -> None:
+        """Quantize the linears of a group."""
+
+    def weights(self, group: list[str]) -> dict[str, torch.Tensor]:
+        """Return the weights of a group, all (N, K) of one K."""
+        return {path: self.runner.weight(path) for path in group}
+
+    def keep(self, path: str, quantized: QuantizedLinear, packed: dict[str, torch.Tensor]) -> None:
+        """Store a linear, and go on with what its codes stand for."""
+        name = self.name_of(path)
+        self.stored.update({f"{name}.{end}": tensor for end, tensor in packed.items()})
+        weight = self.runner.weight(path)
+        weight.copy_(quantized.dequantize(weight.dtype))
+
+
+class PlainMethod(LayerMethod):
+    """GPTQ, and rounding: each linear by itself."""
+
+    def quantize(self, group: list[str]) -> None:
+        """Quantize the linears of a group."""
+        weights = self.weights(group)
+        hessian = Hessian(next(iter(weights.values())).shape[1])
+        for inputs in self.runner.inputs(group[0]):
+            hessian.add(inputs)
+        for path, weight in weights.items():
+            quantized = self._codes(weight, hessian.matrix, name=self.name_of(path))
+            self.errors[self.name_of(path)] = quantized.relative_error
+            self.keep(path, quantized, pack_gptq(quantized, self.settings.checkpoint_format))
+
+    def _codes(self, weight: torch.Tensor, hessian: torch.Tensor, *, name: str) -> QuantizedLinear:
+        settings = self.settings
+        if settings.method == "rtn":
+            rounded = quantize_rtn(weight, settings.grid, settings.group_size, name=name)
+            rounded.relative_error = relative_error(weight, rounded, hessian)
+            return rounded
+        options = GptqOptions(
+            settings.grid,
+            settings.group_size,
+            damp=settings.damp,
+            act_order=settings.act_order,
+            desc_act=settings.desc_act,
+        )
+        return quantize_gptq(weight, hessian, options, name=name)
+
+
+class AwqMethod(LayerMethod):
+    """AWQ: the operation before a group takes the scales of its inputs."""
+
+    def quantize(self, group: list[str]) -> None:
+        """Quantize the linears of a group, and divide the outputs of the operation before them."""
+        settings = self.settings
+        weights = self.weights(group)
+        moments = Moments(next(iter(weights.values())).shape[1])
+        for inputs in self.runner.inputs(group[0]):
+            moments.add(inputs)
+        scales = torch.ones(len(moments.magnitude))
+        previous = self._previous(group)
+        if previous is None:
+            self.unscaled += [self.name_of(path) for path in group]
+        else:
+            wanted = find_scales(
+                list(weights.values()),
+                moments,
+                settings.grid,
+                settings.group_size,
+                name=self.name_of(group[0]),
+            )
+            if not bool((wanted == 1).all()):
+                scales = self._divide(previous, wanted)
+        done = {
+            path: quantize_awq(
+                weight,
+                scales,
+                moments.hessian,
+                settings.grid,
+                settings.group_size,
+                name=self.name_of(path),
+            )
+            for path, weight in weights.items()
+        }
+        for path, quantized in done.items():
+            self.errors[self.name_of(path)] = quantized.relative_error
+            self.keep(path, quantized, pack_awq(quantized))
+
+    def _previous(self, group: list[str]) -> Previous | None:
+        """Return the operation that can take the scales of a group."""
+        runner = self.runner
+        linears = [runner.layer.get_submodule(path) for path in group]
+        for previous in find_previous(runner.layer, group):
+            is_done = (
+                not previous.is_linear or f"{self.name_of(previous.path)}.scales" in self.stored
+            )
+            if is_done and takes_scales(
+                previous, linears, lambda: (runner.states(0), runner.run(0))
+            ):
+                return previous
+        return None
+
+    def _divide(self, previous: Previous, scales: torch.Tensor) -> torch.Tensor:
+        """Divide an operation's outputs, in the layer and in what is stored of it.
+
+        Returns:
+            (K,) float32: what they have been divided by indeed.
+        """
+        name = self.name_of(previous.path)
+        dtypes = {
+            end: torch_dtype(self.source.plan(f"{name}.{end}").dtype)
+            for end in ("weight", "bias")
+            if f"{name}.{end}" in self.source
+        }
+        if not previous.is_linear:
+            applied = previous.divide(scales, dtypes.__getitem__)
+        else:
+            ends = ("qweight", "qzeros", "scales")
+            quantized = unpack_awq(
+                {end: self.stored[f"{name}.{end}"] for end in ends},
+                group_size=self.settings.group_size,
+            )
+            # the codes stay, and their steps become smaller, of which float16 knows no end
+            rows = quantized.scales[previous.rows]
+            most = (rows.amin(dim=1) / _LEAST_NORMAL).clamp_(min=1.0)
+            applied = previous.divide(torch.minimum(scales, most), dtypes.__getitem__)
+            rows /= applied[:, None]
+            quantized.scales = quantized.scales.half().float()
+            self.keep(previous.path, quantized, pack_awq(quantized))
+            del dtypes["weight"]
+        for end, dtype in dtypes.items():
+            value = previous.module.get_parameter(end).data
+            self.stored[f"{name}.{end}"] = value.to(dtype)
+        return applied
+
+
+def method_of(settings: QuantizeSettings) -> type[LayerMethod]:
+    """Return what does a method to a layer."""
+    return AwqMethod if settings.method == "awq" else PlainMethod
