@@ -99,14 +99,14 @@ class Recorders:
 
 
 class _Rows(torch.nn.Module):
-    """An embedding that has only the rows of some ids."""
+    """Stands in the place of an embedding that has only the rows of some ids."""
 
-    def __init__(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
+    def __init__(self, ids: torch.Tensor, embedding: torch.nn.Module) -> None:
         super().__init__()
-        self._ids, self._rows = ids, rows
+        self._ids, self._embedding = ids, embedding
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self._rows[torch.searchsorted(self._ids, ids)]
+    def forward(self, ids: torch.Tensor) -> Any:
+        return self._embedding(torch.searchsorted(self._ids, ids))
 
 
 class Embedding:
@@ -133,9 +133,7 @@ class Embedding:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 stored = skeleton.checkpoint_name(f"{full}.{name}")
                 if parameter.device.type == "meta" and stored in self._source:
-                    value = self._source.load(stored, self._dtype)
-                    self._own.append((module, name, parameter))
-                    module._parameters[name] = torch.nn.Parameter(value, requires_grad=False)  # noqa: SLF001
+                    self._replace_parameter(module, name, self._source.load(stored, self._dtype))
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -149,11 +147,17 @@ class Embedding:
         ids = torch.unique(self._samples)
         stored = self._skeleton.checkpoint_name(f"{full}.weight")
         rows = self._source.rows(stored, ids).to(self._dtype)
-        # some families scale what they look up
-        scale = getattr(module, "embed_scale", None)
-        if isinstance(scale, torch.Tensor):
-            rows = rows * scale.to(self._dtype)
+        # the module itself looks them up: some families scale what they find
+        self._replace_parameter(module, "weight", rows)
+        # matters to gradients alone, and has to be one of the rows
+        self._replace(module, "padding_idx", None)
         parent, _, name = path.rpartition(".")
-        owner = self._skeleton.decoder.get_submodule(parent)
-        self._own.append((owner, name, module))
-        setattr(owner, name, _Rows(ids, rows))
+        self._replace(self._skeleton.decoder.get_submodule(parent), name, _Rows(ids, module))
+
+    def _replace_parameter(self, module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+        self._own.append((module, name, module._parameters[name]))  # noqa: SLF001
+        module._parameters[name] = torch.nn.Parameter(value, requires_grad=False)  # noqa: SLF001
+
+    def _replace(self, module: torch.nn.Module, name: str, value: Any) -> None:
+        self._own.append((module, name, getattr(module, name)))
+        setattr(module, name, value)

@@ -72,6 +72,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPTConfig", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
     "bloom": ("BloomConfig", {"n_layer": 3, "n_head": 4}),
     "falcon": ("FalconConfig", {}),
+    # scales what it looks up by a plain number
+    "biogpt": ("BioGptConfig", {"scale_embedding": True}),
 }  # fmt: skip
 
 
