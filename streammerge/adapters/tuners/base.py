@@ -8,7 +8,6 @@ Shapes: N out_features, K in_features, R rank.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -170,7 +169,7 @@ class Shared:
     """The base layers of all of them, in the order of the file."""
 
 
-class Tuner(ABC):
+class Tuner:
     """One kind of adapter, as PEFT's `peft_type` names it."""
 
     peft_type: ClassVar[str]
@@ -195,23 +194,24 @@ class Tuner(ABC):
     remarks: ClassVar[str] = ""
     """What the table says beside the formula."""
 
-    def read(self, options: Options) -> Any:  # noqa: B027 (optional)
+    def read(self, options: Options) -> Any:
         """Read and check what the configuration says; the result is handed to `plan`.
 
         Raises:
             AdapterError: It is not sound, or asks for what has no merged form.
         """
 
-    def check(self, module: AdapterModule, settings: Any) -> None:  # noqa: B027 (optional)
+    def check(self, module: AdapterModule, settings: Any) -> None:
         """Check a module's tensors against each other.
 
         Raises:
             AdapterError: They do not fit.
         """
 
-    @abstractmethod
-    def plan(self, layer: Layer, settings: Any, shared: Shared) -> Sequence[PlannedTerm]:
+    def plan(self, layer: Layer, settings: Any, shared: Shared) -> Sequence[PlannedTerm]:  # noqa: ARG002
         """Say what a module does to its layer. Every tensor of it is in a term, or in `unused`.
+
+        A kind that stores nothing but whole tensors has no modules, and leaves this as it is.
 
         Args:
             layer: The base layer, and the module.
@@ -221,6 +221,7 @@ class Tuner(ABC):
         Raises:
             PlanError: They do not fit.
         """
+        return ()
 
     def unused(self, module: AdapterModule) -> Sequence[StoredTensor]:  # noqa: ARG002
         """Return tensors that only training needs; every other one must be in a term."""

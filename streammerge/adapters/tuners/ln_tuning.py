@@ -7,14 +7,7 @@ Source: peft.tuners.ln_tuning.layer.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from streammerge.adapters.tuners.base import Tuner
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from streammerge.adapters.tuners.base import Layer, PlannedTerm, Shared
 
 __all__ = ["TUNERS", "LnTuning"]
 
@@ -27,10 +20,6 @@ class LnTuning(Tuner):
     formula = "the parameters of norms are replaced"
     factors = frozenset[str]()
     replaces = frozenset({"ln_tuning_layers"})
-
-    def plan(self, layer: Layer, settings: Any, shared: Shared) -> Sequence[PlannedTerm]:
-        """Whole parameters are placed by themselves; no layer has anything else."""
-        raise NotImplementedError
 
 
 TUNERS: tuple[Tuner, ...] = (LnTuning(),)

@@ -14,13 +14,10 @@ from streammerge.adapters.tuners.base import Tuner
 from streammerge.errors import AdapterError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import torch
 
     from streammerge.adapters.options import Options
     from streammerge.adapters.terms import Weight
-    from streammerge.adapters.tuners.base import Layer, PlannedTerm, Shared
     from streammerge.checkpoint.header import StoredTensor
 
 __all__ = ["TUNERS", "RowsTerm", "TrainableTokens"]
@@ -87,10 +84,6 @@ class TrainableTokens(Tuner):
         """
         if not options.get("token_indices"):
             raise AdapterError("adapter names no tokens", where=options.path)
-
-    def plan(self, layer: Layer, settings: Any, shared: Shared) -> Sequence[PlannedTerm]:
-        """Rows are placed by themselves; no layer has anything else."""
-        raise NotImplementedError
 
 
 TUNERS: tuple[Tuner, ...] = (TrainableTokens(),)
