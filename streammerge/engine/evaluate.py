@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from streammerge.checkpoint.writer import require_space
 from streammerge.config import parse_config
 from streammerge.engine.prepare import prepare
-from streammerge.engine.quantize import BASELINE_BYTES, load_tokenizer
+from streammerge.engine.quantize import load_tokenizer
 from streammerge.errors import ConfigError, InputError, MemoryBudgetError, UnsupportedError
 from streammerge.report.export_report import peak_rss_bytes
 
@@ -179,7 +179,7 @@ def _skeleton(plan: MergePlan, source: MergedSource) -> Skeleton:
         return build_skeleton(
             plan.base,
             config_edits=plan.contents.config_edits,
-            names=source.names,
+            tensors={name: source.plan(name) for name in source.names},
             is_for_codes=False,
         )
     except UnsupportedError as error:
@@ -235,18 +235,25 @@ def _check_room(
         MemoryBudgetError: The ceiling is lower.
         DiskSpaceError: The hidden states do not fit.
     """
+    import torch  # noqa: PLC0415 (a quarter of a second)
+
+    from streammerge.quantize.budget import (  # noqa: PLC0415
+        BASELINE_BYTES,
+        layer_bytes,
+        states_bytes,
+    )
     from streammerge.quantize.evaluate import LOGITS_BYTES, ROWS_BYTES  # noqa: PLC0415
     from streammerge.quantize.source import PIECE_BYTES  # noqa: PLC0415
 
     count, tokens = windows.shape
-    sizes = [[p.numel() for p in layer.parameters()] for layer in skeleton.layers]
+    dtype = torch.float32
+    sizes = [module.size for module in skeleton.all_linears()]
     # a weight of codes is, for a moment, there five times over
-    weights = 4 * max(sum(layer) + 5 * max(layer) for layer in sizes)
-    widest = max(max(p.shape) for layer in skeleton.layers for p in layer.parameters())
-    states = 4 * tokens * (8 * skeleton.hidden_size + 4 * widest)
+    weights = layer_bytes(skeleton, dtype=dtype) + 5 * 4 * max(n * k for n, k in sizes)
     # as stored and in float32; logits are there in two dtypes, and while they are changed
     vocabulary = max(3 * PIECE_BYTES + 5 * LOGITS_BYTES, ROWS_BYTES + 3 * PIECE_BYTES)
     ids = 2 * 8 * windows.numel() + 2 * 8 * windows.numel()
+    states = states_bytes(skeleton, tokens=tokens, dtype=dtype)
     needed = BASELINE_BYTES + max(weights, vocabulary) + states + ids
     if needed > max_memory:
         raise MemoryBudgetError(

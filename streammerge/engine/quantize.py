@@ -18,7 +18,7 @@ from streammerge.checkpoint.header import read_header
 from streammerge.checkpoint.hub import HubOptions
 from streammerge.dtypes import Dtype
 from streammerge.engine.staging import Staging, fingerprint
-from streammerge.errors import MemoryBudgetError, UnsupportedError
+from streammerge.errors import UnsupportedError
 from streammerge.plan.layout import lay_out
 from streammerge.plan.memory import plan_memory
 from streammerge.plan.ops import CopyBytes, TensorPlan
@@ -37,16 +37,12 @@ if TYPE_CHECKING:
     from streammerge.quantize.tokens import CalibrationRecord
 
 __all__ = [
-    "BASELINE_BYTES",
     "QuantizedPlan",
     "bytes_needed",
     "load_tokenizer",
     "quantize_layers",
     "read_settings",
 ]
-
-# interpreter, torch and transformers after a model was built on the meta device: 430 MB seen
-BASELINE_BYTES = 480 * 10**6
 
 
 @dataclass(slots=True)
@@ -69,6 +65,11 @@ class QuantizedPlan:
             "mean_relative_error": sum(errors.values()) / max(len(errors), 1),
             "relative_errors": errors,
             "unscaled": [name for layer in self.layers for name in layer.unscaled],
+            "few_tokens": {
+                f"layer {layer.layer}, {path}": count
+                for layer in self.layers
+                for path, count in layer.few_tokens.items()
+            },
             "layer_seconds": [layer.seconds for layer in self.layers],
         }
 
@@ -133,6 +134,7 @@ def quantize_layers(
     """
     import torch  # noqa: PLC0415 (planning needs no torch)
 
+    from streammerge.quantize.budget import check_memory  # noqa: PLC0415
     from streammerge.quantize.driver import Driver  # noqa: PLC0415
     from streammerge.quantize.heap import return_freed_memory  # noqa: PLC0415
     from streammerge.quantize.skeleton import build_skeleton  # noqa: PLC0415
@@ -143,9 +145,7 @@ def quantize_layers(
     # what a layer leaves in the heap would otherwise add up over the layers
     return_freed_memory()
     tensors = {tensor.name: tensor for tensor in plan.tensors}
-    skeleton = build_skeleton(
-        plan.base, config_edits=plan.contents.config_edits, names=list(tensors)
-    )
+    skeleton = build_skeleton(plan.base, config_edits=plan.contents.config_edits, tensors=tensors)
     hub = HubOptions(None, config.cache_dir, config.hf_hub_token, local_files_only=False)
     calibration = load_calibration(
         str(config.export_quantization_dataset),
@@ -154,12 +154,14 @@ def quantize_layers(
         hub=hub,
     )
     _check_shapes(skeleton, settings)
-    _check_memory(skeleton, calibration.ids, max_memory=config.max_memory)
+    dtype = _compute_dtype(plan)
+    check_memory(
+        skeleton, settings, samples=calibration.ids, dtype=dtype, max_memory=config.max_memory
+    )
     work = Staging(
         plan.output.with_name(f"{plan.output.name}.layers"),
         keeps=frozenset({"hidden0.bin", "hidden1.bin"}),
     )
-    dtype = _compute_dtype(plan)
     parts = (
         fingerprint(plan),
         settings,
@@ -191,7 +193,8 @@ def quantize_layers(
             )
             layers = driver.run()
         final = _final_plan(plan, config, settings, work.folder, skeleton)
-        final = replace(final, notes=(*final.notes, *_loader_notes(skeleton, settings)))
+        notes = (*_loader_notes(skeleton, settings), *_expert_notes(layers))
+        final = replace(final, notes=(*final.notes, *notes))
     except BaseException:
         work.release()
         raise
@@ -222,16 +225,22 @@ def bytes_needed(plan: MergePlan, settings: QuantizeSettings) -> int:
     What is quantized is known only with the model; here it is every matrix of a numbered layer.
     """
     packed = rest = 0
+    has_experts = False
     per_weight = settings.bits / 8 + (0 if settings.group_size == -1 else 4 / settings.group_size)
     widest = 0
     for tensor in plan.tensors:
         is_layer = any(part.isdecimal() for part in tensor.name.split("."))
-        if is_layer and len(tensor.shape) == 2 and tensor.name.endswith(".weight"):
-            packed += int(prod(tensor.shape) * per_weight) + 16 * sum(tensor.shape)
-            widest = max(widest, min(tensor.shape))
+        is_fused = len(tensor.shape) == 3
+        if is_layer and (is_fused or (len(tensor.shape) == 2 and tensor.name.endswith(".weight"))):
+            matrices = tensor.shape[0] if is_fused else 1
+            packed += int(prod(tensor.shape) * per_weight)
+            packed += 16 * matrices * sum(tensor.shape[-2:])
+            widest = max(widest, min(tensor.shape[-2:]))
+            has_experts |= is_fused or ".experts." in tensor.name
         else:
             rest += tensor.nbytes
-    hidden = 2 * 4 * settings.nsamples * settings.maxlen * widest
+    # states before and behind a layer; inputs and outputs of experts
+    hidden = (4 if has_experts else 2) * 4 * settings.nsamples * settings.maxlen * widest
     # a layer's file goes when the output is there
     return 2 * packed + rest + hidden
 
@@ -307,36 +316,18 @@ def _loader_notes(skeleton: Skeleton, settings: QuantizeSettings) -> list[str]:
     return [note]
 
 
-def _check_memory(skeleton: Skeleton, ids: Any, *, max_memory: int) -> None:
-    """Foresee the peak: a layer, the matrices of its widest group, one sample's states.
-
-    Raises:
-        MemoryBudgetError: The ceiling is lower.
-    """
-    import torch  # noqa: PLC0415 (planning needs no torch)
-
-    layer = skeleton.layers[0]
-    weights = 4 * sum(parameter.numel() for parameter in layer.parameters())
-    sizes = [
-        (module.out_features, module.in_features)
-        for module in layer.modules()
-        if isinstance(module, torch.nn.Linear)
-    ]
-    # the matrix of inputs, its two permuted copies, its factor and its inverse; the weight by
-    # input, its copy, codes, and a block's errors
-    group = max(4 * 5 * k * k + 16 * n * k for n, k in sizes)
-    widest = max(max(pair) for pair in sizes)
-    tokens = ids.shape[1]
-    states = 4 * tokens * (8 * skeleton.hidden_size + 4 * widest)
-    vocabulary = 4 * len(torch.unique(ids)) * skeleton.hidden_size
-    needed = BASELINE_BYTES + max(weights + group + states, vocabulary + states)
-    if needed > max_memory:
-        raise MemoryBudgetError(
-            "max_memory is too small to quantize a layer of this model",
-            expected=f"at least {-(-needed // 10**6)}MB",
-            got=f"{max_memory // 10**6}MB",
-            hint=f"set max_memory: {-(-needed // 10**6)}MB or more",
-        )
+def _expert_notes(layers: list[LayerReport]) -> list[str]:
+    """Say which experts were calibrated on few tokens of their own."""
+    few = {(layer.layer, path): n for layer in layers for path, n in layer.few_tokens.items()}
+    if not few:
+        return []
+    (number, path), count = min(few.items(), key=lambda item: item[1])
+    note = (
+        f"{len(few)} experts got fewer tokens than they have inputs (layer {number}, '{path}': "
+        f"{count}) and were shown other tokens of their layers besides; "
+        "more calibration samples would do better"
+    )
+    return [note]
 
 
 def _final_plan(
@@ -361,11 +352,15 @@ def _final_plan(
                 changed[stored.name] = planned
             else:
                 packed.setdefault(stored.name.rpartition(".")[0], []).append(planned)
+    modules: dict[str, list[str]] = {}
+    for module in skeleton.all_linears():
+        modules.setdefault(module.target, []).append(module.name)
     tensors = []
     for tensor in plan.tensors:
-        module = tensor.name.removesuffix(".weight")
-        is_replaced = tensor.name.endswith(".weight") and module in packed
-        tensors.extend(packed[module] if is_replaced else [changed.get(tensor.name, tensor)])
+        if tensor.name in modules:
+            tensors += [codes for name in modules[tensor.name] for codes in packed[name]]
+        else:
+            tensors.append(changed.get(tensor.name, tensor))
     quantized = {module.path for module in skeleton.all_linears()}
     kept = _kept_linears(skeleton, quantized)
     section = quantization_section(settings, quantized=sorted(quantized), kept=kept)
@@ -380,12 +375,18 @@ def _final_plan(
 
 
 def _kept_linears(skeleton: Skeleton, quantized: set[str]) -> list[str]:
-    """Return all linears that are not quantized, by the model's names and the checkpoint's."""
-    import torch  # noqa: PLC0415 (planning needs no torch)
+    """Return what loaders may take for linears, and is not quantized.
 
+    Returns:
+        Paths by the model's names and by the checkpoint's.
+    """
+    from streammerge.quantize.modules import is_linear  # noqa: PLC0415 (needs torch)
+
+    linears = [path for path, module in skeleton.model.named_modules() if is_linear(module)]
     kept = []
-    for path, module in skeleton.model.named_modules():
-        if isinstance(module, torch.nn.Linear) and path not in quantized:
+    # routers are no linears in memory, but are to other loaders
+    for path in dict.fromkeys([*linears, *skeleton.routers()]):
+        if path not in quantized:
             stored = skeleton.checkpoint_name(f"{path}.weight").removesuffix(".weight")
             kept += list(dict.fromkeys((path, stored)))
     return kept

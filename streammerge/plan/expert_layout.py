@@ -101,7 +101,7 @@ class ExpertLayout:
             return StoredParameter(
                 shape, (Piece(target, 0, range(shape[0]), None, is_transposed=False),)
             )
-        return self._stack([target]) if len(shape) == 3 else None
+        return self._stack(name, [target]) if len(shape) == 3 else None
 
     def find_tensor(self, path: str, name: str) -> str | None:
         """Return the name of the tensor that a parameter is, if it is one."""
@@ -132,15 +132,17 @@ class ExpertLayout:
         shapes = {self.slots[target].source.shape for target in known}
         if not known or len(known) < len(targets) or len(shapes) > 1 or len(shapes.pop()) != 3:
             return None
-        return self._stack(known)
+        return self._stack(name, known)
 
-    def _stack(self, targets: list[str]) -> StoredParameter:
+    def _stack(self, name: str, targets: list[str]) -> StoredParameter:
         """Describe fused tensors that are one parameter, one below the other in each expert."""
-        is_transposed = are_experts_transposed_on_disk(self.config)
         pieces = []
         start = 0
         for target in targets:
             experts, rows, columns = self.slots[target].source.shape
+            is_transposed = are_experts_transposed_on_disk(
+                self.config, name, (experts, rows, columns)
+            )
             d1, d2 = (columns, rows) if is_transposed else (rows, columns)
             for expert in range(experts):
                 inside = Region(range(expert * rows, (expert + 1) * rows), range(columns))

@@ -95,9 +95,22 @@ def are_experts_transposed_in_memory(config: Mapping[str, Any]) -> bool:
     return not _model_types(config).isdisjoint(_EXPERTS_IN_OUT)
 
 
-def are_experts_transposed_on_disk(config: Mapping[str, Any]) -> bool:
-    """Whether a family's fused experts are stored the other way round than they are in memory."""
-    return not _model_types(config).isdisjoint(_EXPERTS_TURNED_ON_DISK)
+def are_experts_transposed_on_disk(
+    config: Mapping[str, Any], name: str, shape: tuple[int, ...]
+) -> bool:
+    """Whether a family's fused experts are stored the other way round than they are in memory.
+
+    Args:
+        config: The model's config.json.
+        name: Of the parameter in memory.
+        shape: (E, rows, columns) as stored. transformers leaves what has the shape of its
+            parameter as it is, which is what it wrote itself.
+    """
+    if _model_types(config).isdisjoint(_EXPERTS_TURNED_ON_DISK):
+        return False
+    nested = config.get("text_config")
+    hidden = (nested if isinstance(nested, dict) else config).get("hidden_size")
+    return shape[1 if name == "down_proj" else 2] != hidden
 
 
 def are_experts_in_out_on_disk(config: Mapping[str, Any]) -> bool:

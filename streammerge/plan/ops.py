@@ -99,6 +99,21 @@ class TensorPlan:
         for number in range(self.shape[0]):
             yield self._expert(number, terms[number], rows)
 
+    def part(self, number: int) -> TensorPlan | None:
+        """Return one matrix of a tensor (E, rows, columns) by itself.
+
+        Returns:
+            None if something is done to the tensor as a whole.
+        """
+        rows = prod(self.shape[1:-1])
+        if not isinstance(self.op, CopyBytes):
+            found = list(self.parts())
+            return found[number] if len(found) == self.shape[0] else None
+        shape = (rows, self.columns)
+        offset = self.source.offset + number * self.source.dtype.nbytes(prod(shape))
+        source = replace(self.source, shape=shape, offset=offset)
+        return replace(self, name=f"{self.name}[{number}]", source=source)
+
     def _expert(self, number: int, terms: list[LoraTerm], rows: int) -> TensorPlan:
         """Return one matrix of a fused tensor, with the terms' regions counted from its first row.
 

@@ -83,19 +83,26 @@ class DequantizedSource(MergedSource):
         module = self._module(name)
         return super().plan(name if module is None else f"{module}.scales")
 
-    def load(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return a whole tensor.
+    def is_coded(self, name: str) -> bool:
+        """Whether a weight is stored as codes, and given as (N, K) whatever the model has."""
+        return self._module(name) is not None
+
+    def load(
+        self, name: str, dtype: torch.dtype | None = None, *, part: int | None = None
+    ) -> torch.Tensor:
+        """Return a whole tensor, or one matrix of it.
 
         Args:
             name: Of the tensor.
             dtype: What its values are converted to; its own by default, float32 for codes.
+            part: Which matrix of a tensor (E, rows, columns); codes are of matrices.
 
         Raises:
             QuantizationError: The tensors of a linear do not fit together.
         """
         module = self._module(name)
         if module is None:
-            return super().load(name, dtype)
+            return super().load(name, dtype, part=part)
         missing = [
             end
             for end in _ENDS

@@ -6,7 +6,8 @@ stand for in its place, and go on to the next group; then run the samples throug
 layer, whose outputs are the next layer's inputs. What a layer became is one file of the work
 folder. A rerun starts at the first layer that has none.
 
-In memory: one layer, the matrices of one group, one sample's hidden states.
+In memory: one layer without its experts, or one expert; the matrices of one group; one sample's
+hidden states.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
     from pathlib import Path
 
+    from streammerge.quantize.experts import ExpertBlock
+    from streammerge.quantize.methods import LayerMethod
     from streammerge.quantize.settings import QuantizeSettings
     from streammerge.quantize.skeleton import Skeleton
     from streammerge.quantize.source import MergedSource
@@ -50,6 +53,8 @@ class LayerReport:
     """Relative error of each linear's outputs on the calibration samples."""
     unscaled: list[str] = field(default_factory=list)
     """Linears that AWQ could only clip: no operation before them takes their inputs' scales."""
+    few_tokens: dict[str, int] = field(default_factory=dict)
+    """Tokens that went to an expert, by its path, where they were fewer than its inputs."""
 
 
 def layer_file(folder: Path, layer: int) -> Path:
@@ -133,27 +138,57 @@ class Driver:
     def _layer(self, number: int, states: HiddenStates) -> LayerReport:
         started = time.perf_counter()
         layer = self.skeleton.load_layer(number, self.source, dtype=self.dtype)
-        runner = LayerRunner(layer, self._keywords[number], states, number)
+        blocks = self.skeleton.blocks[number]
+        runner = LayerRunner(layer, self._keywords[number], states, number, blocks)
         names = self.skeleton.linears(number)
-        groups = runner.groups(names)
-        self._check_groups(groups, names)
-        method = method_of(self.settings)(
-            runner, self.settings, self.source, lambda path: self.skeleton.module_name(number, path)
-        )
-        for group in groups:
-            method.quantize(group)
-        runner.advance()
+        steps = runner.steps(names)
+        self._check_steps(steps, names)
+        method = self._method(runner, lambda path: self.skeleton.module_name(number, path))
+        few: dict[str, int] = {}
+        for step in steps:
+            if isinstance(step, list):
+                method.quantize(step)
+            else:
+                few |= self._experts(step, runner, method)
+        runner.advance(states)
+        for block in blocks:
+            block.close()
         states.flush(number + 1)
         seconds = time.perf_counter() - started
-        report = LayerReport(number, seconds, method.errors, method.unscaled)
+        report = LayerReport(number, seconds, method.errors, method.unscaled, few)
         self._save(number, method.stored, report)
         self.skeleton.release(number)
         return report
 
+    def _method(self, runner: LayerRunner, name_of: Callable[[str], str]) -> LayerMethod:
+        return method_of(self.settings)(runner, self.settings, self.source, name_of)
+
+    def _experts(
+        self, block: ExpertBlock, runner: LayerRunner, layer: LayerMethod
+    ) -> dict[str, int]:
+        """Quantize experts; add what they become to what the layer does.
+
+        Returns:
+            How many tokens went to those that few went to, by their paths.
+        """
+
+        def visit(number: int, one: LayerRunner) -> None:
+            projections = block.projections[number]
+            method = self._method(one, lambda path: projections[path].name)
+            for group in one.steps(dict.fromkeys(projections, "")):
+                assert isinstance(group, list)
+                method.quantize(group)
+            layer.stored |= method.stored
+            layer.errors |= method.errors
+            layer.unscaled += method.unscaled
+
+        few = block.run(runner, self.source, self.folder, visit=visit)
+        return {f"{block.path}.{number}": tokens for number, tokens in few.items()}
+
     @staticmethod
-    def _check_groups(groups: list[list[str]], names: dict[str, str]) -> None:
+    def _check_steps(steps: list[list[str] | ExpertBlock], names: dict[str, str]) -> None:
         """Make sure that each linear gets codes, once."""
-        met = [path for group in groups for path in group]
+        met = [path for step in steps if isinstance(step, list) for path in step]
         for path, name in names.items():
             if met.count(path) != 1:
                 raise QuantizationError(

@@ -118,8 +118,13 @@ class Evaluator:
 
     def _layer(self, number: int, states: HiddenStates) -> None:
         layer = self.skeleton.load_layer(number, self.source, dtype=self.dtype)
-        runner = LayerRunner(layer, self._keywords[number], states, number)
-        runner.advance()
+        blocks = self.skeleton.blocks[number]
+        runner = LayerRunner(layer, self._keywords[number], states, number, blocks)
+        for block in blocks:
+            block.run(runner, self.source, self.folder)
+        runner.advance(states)
+        for block in blocks:
+            block.close()
         self._returns_tuple = runner.returns_tuple
         self.skeleton.release(number)
 

@@ -181,7 +181,8 @@ class AwqMethod(LayerMethod):
             rows /= applied[:, None]
             quantized.scales = quantized.scales.half().float()
             self.keep(previous.path, quantized, pack_awq(quantized))
-            del dtypes["weight"]
+            # fused experts have no tensor of this name
+            dtypes.pop("weight", None)
         for end, dtype in dtypes.items():
             value = previous.module.get_parameter(end).data
             self.stored[f"{name}.{end}"] = value.to(dtype)

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from streammerge.quantize.modules import is_linear, weight_matrix
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -50,6 +52,7 @@ _BEFORE_ATTENTION = tuple(
         "norm_attn_norm.norm_1",  # DBRX
         "norm_1",  # MPT
         "ln_attn",  # Falcon with two norms
+        "ln_1",  # GPT-2
     )
 )
 _BEFORE_MLP = tuple(
@@ -61,6 +64,7 @@ _BEFORE_MLP = tuple(
         "ffn_norm",  # InternLM2
         "norm_2",  # MPT
         "ln_mlp",  # Falcon with two norms
+        "ln_2",  # GPT-2
     )
 )
 _BEFORE_OUTPUT = (
@@ -76,6 +80,7 @@ PREVIOUS: dict[str, tuple[_Place, ...]] = {
     **dict.fromkeys(
         (
             *("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "Wqkv", "wqkv"),
+            "c_attn",
             *("q_a_proj", "kv_a_proj_with_mqa", "in_proj_qkvz", "in_proj_qkv"),
         ),
         _BEFORE_ATTENTION,
@@ -109,7 +114,7 @@ class Previous:
     @property
     def is_linear(self) -> bool:
         """Whether its weight is a matrix."""
-        return isinstance(self.module, torch.nn.Linear)
+        return is_linear(self.module)
 
     def divide(self, factors: torch.Tensor, dtype: Callable[[str], torch.dtype]) -> torch.Tensor:
         """Divide the outputs, within what the stored dtypes can hold.
@@ -123,11 +128,11 @@ class Previous:
             (K,) float32: what the outputs have been divided by indeed. A norm's rounded weight
             decides, so that the linears behind can make up for the rounding.
         """
-        weight = _parameter(self.module, "weight")
         if self.is_linear:
-            weight[self.rows] /= factors[:, None]
+            weight_matrix(self.module)[self.rows] /= factors[:, None]
             applied = factors
         else:
+            weight = _parameter(self.module, "weight")
             before = weight + self.offset
             rounded = (before / factors - self.offset).to(dtype("weight")).to(weight.dtype)
             applied = before / (rounded + self.offset)
@@ -149,7 +154,7 @@ def find_previous(layer: torch.nn.Module, group: Sequence[str]) -> list[Previous
         group: Paths of the linears within the layer.
     """
     parent, _, name = group[0].rpartition(".")
-    features = int(_parameter(layer.get_submodule(group[0]), "weight").shape[1])
+    features = weight_matrix(layer.get_submodule(group[0])).shape[1]
     modules = dict(layer.named_modules())
     found = []
     for place in PREVIOUS.get(name, ()):
@@ -157,11 +162,12 @@ def find_previous(layer: torch.nn.Module, group: Sequence[str]) -> list[Previous
         module = modules.get(path)
         if module is None or not isinstance(getattr(module, "weight", None), torch.Tensor):
             continue
-        rows, width = _rows(len(_parameter(module, "weight")), place.part)
+        outputs = weight_matrix(module) if is_linear(module) else _parameter(module, "weight")
+        rows, width = _rows(len(outputs), place.part)
         if width != features:
             # with grouped queries a value is the input of several heads
             continue
-        if isinstance(module, torch.nn.Linear):
+        if is_linear(module):
             found.append(Previous(path, module, rows))
             continue
         offset = _norm_offset(module, features)
@@ -182,7 +188,7 @@ def takes_scales(
         linears: Are as before afterwards.
         run: Gives the layer's inputs and outputs, both (..., tokens, hidden).
     """
-    weights = [_parameter(linear, "weight") for linear in linears]
+    weights = [weight_matrix(linear) for linear in linears]
     features = weights[0].shape[1]
     factors = torch.tensor(_TRIAL).repeat(-(-features // len(_TRIAL)))[:features]
     kept = {
@@ -229,7 +235,7 @@ def _norm_offset(module: torch.nn.Module, features: int) -> float | None:
         return None
     kept = weight.clone()
     # unlike each other, so that no norm makes them nothing
-    probe = torch.arange(1.0, features + 1.0)[None, :]
+    probe = torch.arange(1.0, features + 1.0, dtype=weight.dtype)[None, :]
     bias = _parameter(module, "bias") if "bias" in names else 0.0
     try:
         weight.zero_()

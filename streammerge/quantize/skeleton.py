@@ -7,6 +7,7 @@ running the model around recorders that stand in the layers' places.
 
 from __future__ import annotations
 
+import itertools
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from streammerge.errors import UnsupportedError
+from streammerge.plan.expert_layout import ExpertLayout
+from streammerge.plan.match import NameResolver
+from streammerge.plan.slots import Slot
+from streammerge.quantize.experts import find_experts
+from streammerge.quantize.modules import is_conv1d, is_linear, weight_matrix
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from streammerge.plan.ops import TensorPlan
+    from streammerge.quantize.experts import ExpertBlock
     from streammerge.quantize.source import MergedSource
 
 __all__ = ["QuantizedModule", "Skeleton", "build_skeleton"]
@@ -38,6 +46,8 @@ class QuantizedModule:
     """In the checkpoint, without `.weight`."""
     size: tuple[int, int]
     """N and K."""
+    target: str
+    """The tensor whose place its codes take, maybe with those of other modules."""
 
 
 @dataclass(slots=True)
@@ -54,6 +64,8 @@ class Skeleton:
     names: dict[str, str]
     """Checkpoint name of each parameter, by its path in memory."""
     hidden_size: int
+    blocks: list[list[ExpertBlock]]
+    """Experts of each layer."""
 
     def layer_prefix(self, number: int) -> str:
         """Return the path of a layer, with a full stop at its end."""
@@ -67,21 +79,35 @@ class Skeleton:
         """Return the linears of a layer that are quantized: checkpoint names of their modules.
 
         Returns:
-            By path within the layer; routers are left alone.
+            By path within the layer; routers are left alone, and experts are `blocks`.
         """
         return {
             path: self.module_name(number, path)
             for path, module in self.layers[number].named_modules()
-            if isinstance(module, torch.nn.Linear) and path.rpartition(".")[2] not in _ROUTERS
+            if is_linear(module) and path.rpartition(".")[2] not in _ROUTERS
         }
 
     def all_linears(self) -> Iterator[QuantizedModule]:
         """Yield the linears of all layers that are quantized."""
         for number, layer in enumerate(self.layers):
             for path, name in self.linears(number).items():
-                linear: Any = layer.get_submodule(path)
-                size = linear.out_features, linear.in_features
-                yield QuantizedModule(f"{self.layer_prefix(number)}{path}", name, size)
+                rows, features = weight_matrix(layer.get_submodule(path)).shape
+                full = f"{self.layer_prefix(number)}{path}"
+                yield QuantizedModule(full, name, (rows, features), f"{name}.weight")
+            for block in self.blocks[number]:
+                for expert, projections in enumerate(block.projections):
+                    for end, one in projections.items():
+                        path = f"{self.layer_prefix(number)}{block.path}.{expert}.{end}"
+                        yield QuantizedModule(path, one.name, one.size, one.target)
+
+    def routers(self) -> Iterator[str]:
+        """Yield the paths of what sends tokens to experts."""
+        for number, layer in enumerate(self.layers):
+            for path, module in layer.named_modules():
+                weight = getattr(module, "weight", None)
+                is_matrix = isinstance(weight, torch.Tensor) and weight.ndim == 2
+                if is_matrix and path.rpartition(".")[2] in _ROUTERS:
+                    yield f"{self.layer_prefix(number)}{path}"
 
     def module_name(self, number: int, path: str) -> str:
         """Return the checkpoint's name of a module of a layer, by its path in the layer."""
@@ -110,6 +136,8 @@ class Skeleton:
                 )
             wanted = source.plan(name).dtype.is_mergeable
             state[path] = source.load(name, dtype if wanted else None)
+            if source.is_coded(name) and is_conv1d(layer.get_submodule(path.rpartition(".")[0])):
+                state[path] = state[path].T.contiguous()
         try:
             layer.load_state_dict(state, assign=True, strict=True)
         except RuntimeError as error:
@@ -132,7 +160,7 @@ def build_skeleton(
     folder: Path,
     *,
     config_edits: Mapping[str, Any],
-    names: Sequence[str],
+    tensors: Mapping[str, TensorPlan],
     is_for_codes: bool = True,
 ) -> Skeleton:
     """Build the model of a checkpoint on the meta device.
@@ -140,7 +168,7 @@ def build_skeleton(
     Args:
         folder: The base checkpoint, for its config.json.
         config_edits: What the merge changes in it; nested maps for nested sections.
-        names: The merged checkpoint's tensor names.
+        tensors: What is planned for the merged checkpoint's tensors, by their names.
         is_for_codes: Whether the layers are to be quantized, and not only run.
 
     Raises:
@@ -166,12 +194,26 @@ def build_skeleton(
     model.eval()
     text = config.get_text_config()
     layers_name, layers = _find_layers(model, int(text.num_hidden_layers), folder)
-    found, converted = _names(model, names)
+    found, converted = _names(model, list(tensors))
+    slots = {name: Slot(tensor.source, tensor.dtype) for name, tensor in tensors.items()}
+    stored = ExpertLayout(NameResolver(frozenset(slots), found), slots, config.to_dict())
+    blocks = [
+        list(find_experts(layer, f"{layers_name}.{number}.", stored))
+        for number, layer in enumerate(layers)
+    ]
+    for block in itertools.chain.from_iterable(blocks):
+        block.install()
     if is_for_codes:
+        experts = {
+            f"{layers_name}.{number}.{block.path}."
+            for number, found_blocks in enumerate(blocks)
+            for block in found_blocks
+        }
+        converted = [path for path in converted if not path.startswith(tuple(experts))]
         _check_layers(layers_name, layers, converted, folder)
     parent = layers_name.rpartition(".")[0]
     decoder = model.get_submodule(parent) if parent else model
-    return Skeleton(model, decoder, layers_name, layers, found, int(text.hidden_size))
+    return Skeleton(model, decoder, layers_name, layers, found, int(text.hidden_size), blocks)
 
 
 @contextmanager
@@ -195,15 +237,10 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _check_kind(config: Any, folder: Path) -> None:
-    """Refuse models that are more than decoder layers in a row."""
-    kind = None
+    """Refuse models whose layers are not all a decoder's."""
     if getattr(config, "is_encoder_decoder", False):
-        kind = "encoders with a decoder"
-    elif config.get_text_config() is not config:
-        kind = "models with a part that is not text"
-    if kind is not None:
         raise UnsupportedError(
-            f"{kind} are not quantized by this version",
+            "encoders with a decoder are not quantized by this version",
             where=folder / "config.json",
             got=f"architectures {config.architectures!r}",
             hint="remove the export_quantization keys to export in 16 bit",
@@ -216,17 +253,16 @@ def _check_layers(
     """Refuse layers with weights that would be left out of the codes, or that are stored otherwise.
 
     Raises:
-        UnsupportedError: They are mixtures of experts, or hold what is not a plain linear.
+        UnsupportedError: They hold what is neither a linear nor known experts.
     """
     kind = None
     modules = [module for layer in layers for module in layer.modules()]
-    if any("experts" in path for path, _ in layers.named_parameters()):
-        kind = "mixtures of experts"
-    elif any(type(module).__name__ == "Conv1D" for module in modules):
-        kind = "linears that are stored transposed (Conv1D, as in GPT-2)"
+    stacked = [module for module in modules if _is_stacked(module)]
+    if stacked:
+        kind = f"layers with parameters of several matrices ({type(stacked[0]).__name__})"
     elif any(name.startswith(f"{layers_name}.") for name in converted):
         kind = "layers whose weights transformers converts on loading"
-    elif not any(isinstance(module, torch.nn.Linear) for module in modules):
+    elif not any(is_linear(module) for module in modules):
         kind = "layers without linears"
     if kind is not None:
         raise UnsupportedError(
@@ -234,6 +270,13 @@ def _check_layers(
             where=folder,
             hint="remove the export_quantization keys to export in 16 bit",
         )
+
+
+def _is_stacked(module: torch.nn.Module) -> bool:
+    """Whether a module has matrices one upon the other, as experts are kept."""
+    if isinstance(module, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d):
+        return False
+    return any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
 
 
 def _model_class(config: Any, folder: Path) -> Any:
@@ -259,8 +302,7 @@ def _find_layers(model: Any, count: int, folder: Path) -> tuple[str, torch.nn.Mo
         if isinstance(module, torch.nn.ModuleList)
         and len(module) == count
         and not any(tower in name for tower in _OTHER_TOWERS)
-        and any(isinstance(inner, torch.nn.Linear) for inner in module[0].modules())
-        | any(type(inner).__name__ == "Conv1D" for inner in module[0].modules())
+        and any(is_linear(inner) for inner in module[0].modules())
     ]
     # the outermost: a layer may hold lists of as many experts
     outermost = [one for one in found if not any(one[0].startswith(f"{o[0]}.") for o in found)]

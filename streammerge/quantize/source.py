@@ -70,20 +70,33 @@ class MergedSource:
         """Return what is planned for a tensor."""
         return self._tensors[name]
 
-    def load(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return a whole tensor.
+    def is_coded(self, name: str) -> bool:
+        """Whether a weight is stored as codes, and given as (N, K) whatever the model has."""
+        del name
+        return False
+
+    def load(
+        self, name: str, dtype: torch.dtype | None = None, *, part: int | None = None
+    ) -> torch.Tensor:
+        """Return a whole tensor, or one matrix of it.
 
         Args:
             name: Of the tensor.
             dtype: What its values are converted to; its own by default.
+            part: Which matrix of a tensor (E, rows, columns); the others are not merged.
 
         Raises:
             NonFiniteError: The merge gives NaN or Inf.
         """
         target = self._tensors[name]
+        if part is not None:
+            found = target.part(part)
+            if found is None:
+                return self.load(name, dtype)[part].clone()
+            target = found
         result = torch.empty(target.shape, dtype=dtype or torch_dtype(target.dtype))
         flat = result.view(target.rows, target.columns)
-        for begin, piece in self.pieces(name):
+        for begin, piece in self._pieces(target):
             flat[begin : begin + len(piece)] = piece
         return result
 
@@ -104,7 +117,9 @@ class MergedSource:
         Raises:
             NonFiniteError: The merge gives NaN or Inf.
         """
-        target = self._tensors[name]
+        yield from self._pieces(self._tensors[name])
+
+    def _pieces(self, target: TensorPlan) -> Iterator[tuple[int, torch.Tensor]]:
         source_row = target.source.dtype.nbytes(target.columns)
         output_row = target.dtype.nbytes(target.columns)
         step = max(4, PIECE_BYTES // max(source_row, output_row, 1))
@@ -131,7 +146,7 @@ class MergedSource:
                     is_finite = self._backend.apply(tile, factors)
                 if not is_finite:
                     raise NonFiniteError(
-                        f"merged tensor '{name}' holds NaN or Inf",
+                        f"merged tensor '{target.name}' holds NaN or Inf",
                         where=f"rows {begin} to {end - 1}",
                         hint="the adapter or the base is broken",
                     )

@@ -213,6 +213,12 @@ class _Sampler:
         return ids
 
     def _no_text(self) -> QuantizationError:
+        if self.used:
+            return QuantizationError(
+                f"the tokenizer ({type(self._renderer.tokenizer).__name__}) gives no token for any "
+                f"of {self.used} rows",
+                hint="are the tokenizer's files beside the base those of this model?",
+            )
         return QuantizationError(
             f"none of {self.empty} rows has text in '{self._renderer.kind}'",
             where=self._source,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from streammerge.config import parse_config
 from streammerge.engine.prepare import prepare
@@ -38,6 +41,12 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
+_MOE: dict[str, Any] = {"moe_intermediate_size": 24, "num_experts": 5, "num_experts_per_tok": 2}
+_TEXT = {key: value for key, value in _SIZES.items() if key != "pad_token_id"}
+_VISION: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2,
+}  # fmt: skip
+_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
@@ -72,6 +81,80 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPTConfig", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
     "bloom": ("BloomConfig", {"n_layer": 3, "n_head": 4}),
     "falcon": ("FalconConfig", {}),
+    "gpt2": ("GPT2Config", {"n_layer": 3, "n_head": 4, "n_positions": 64}),
+    # one tensor per expert on disk
+    "mixtral": ("MixtralConfig", {**_MOE, "num_local_experts": 5}),
+    "qwen2_moe": ("Qwen2MoeConfig", {**_MOE, "shared_expert_intermediate_size": 24}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**_MOE, "head_dim": 8, "mlp_only_layers": [0]}),
+    "olmoe": ("OlmoeConfig", _MOE),
+    "phimoe": ("PhimoeConfig", {**_MOE, "num_local_experts": 5}),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            **_MOE, "n_routed_experts": 4, "n_group": 2, "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
+            "v_head_dim": 8, "num_key_value_heads": 4,
+        },
+    ),
+    "glm4_moe": ("Glm4MoeConfig", {**_MOE, "n_routed_experts": 4, "head_dim": 8, "n_group": 1,
+                                   "topk_group": 1, "first_k_dense_replace": 1}),
+    # fused on disk as in memory
+    "qwen3_5_moe": (
+        "Qwen3_5MoeTextConfig",
+        {**_MOE, "head_dim": 8, "shared_expert_intermediate_size": 24,
+         "layer_types": ["full_attention"] * 3},
+    ),
+    # the text towers of models that see
+    "gemma3-vision": (
+        "Gemma3Config",
+        {
+            "text_config": {**_TEXT, "head_dim": 8, "sliding_window": 6, "layer_types": _KINDS},
+            "vision_config": {**_VISION, "image_size": 16, "patch_size": 4},
+            "mm_tokens_per_image": 4,
+        },
+    ),
+    "llava": (
+        "LlavaConfig",
+        {
+            "text_config": {**_TEXT, "model_type": "llama"},
+            "vision_config": {**_VISION, "model_type": "clip_vision_model", "image_size": 16,
+                              "patch_size": 4},
+        },
+    ),
+    "qwen2_5_vl": (
+        "Qwen2_5_VLConfig",
+        {
+            "text_config": {**_TEXT, "rope_parameters": _MROPE},
+            "vision_config": {"hidden_size": 16, "depth": 3, "num_heads": 2, "out_hidden_size": 32,
+                              "intermediate_size": 24},
+        },
+    ),
+    "qwen3_vl_moe": (
+        "Qwen3VLMoeConfig",
+        {
+            "text_config": {**_TEXT, **_MOE, "head_dim": 8, "rope_parameters": _MROPE},
+            "vision_config": {"hidden_size": 16, "depth": 3, "num_heads": 2, "out_hidden_size": 32,
+                              "intermediate_size": 24, "deepstack_visual_indexes": [0, 1, 2]},
+        },
+    ),
+    # the same as it was first published: experts the other way round
+    "qwen3_vl_moe-turned": (
+        "Qwen3VLMoeConfig",
+        {
+            "text_config": {**_TEXT, **_MOE, "head_dim": 8, "rope_parameters": _MROPE},
+            "vision_config": {"hidden_size": 16, "depth": 3, "num_heads": 2, "out_hidden_size": 32,
+                              "intermediate_size": 24, "deepstack_visual_indexes": [0, 1, 2]},
+        },
+    ),
+    "mistral3": (
+        "Mistral3Config",
+        {
+            "text_config": {**_TEXT, "model_type": "mistral", "head_dim": 8},
+            "vision_config": {**_VISION, "model_type": "pixtral", "image_size": 16,
+                              "patch_size": 4, "head_dim": 8},
+        },
+    ),
     # scales what it looks up by a plain number
     "biogpt": ("BioGptConfig", {"scale_embedding": True}),
 }  # fmt: skip
@@ -81,7 +164,11 @@ def save_model(folder: Path, name: str, options: dict[str, Any]) -> Any:
     torch.manual_seed(7)
     sizes = _SIZES if not name.startswith("GPT2") else {"vocab_size": 96, "n_embd": 32}
     config = getattr(transformers, name)(**{**sizes, **options})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    sees = "vision_config" in options
+    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    if sees:
+        config = getattr(transformers, name)(**options)
+    model = auto.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -96,7 +183,7 @@ def open_skeleton(base: Path, output: Path) -> tuple[Skeleton, MergedSource]:
     skeleton = build_skeleton(
         plan.base,
         config_edits=plan.contents.config_edits,
-        names=[tensor.name for tensor in plan.tensors],
+        tensors={tensor.name: tensor for tensor in plan.tensors},
     )
     return skeleton, MergedSource(plan)
 
@@ -145,6 +232,8 @@ def test_states_before_each_layer_are_those_of_the_model(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = save_model(tmp_path / "base", *FAMILIES[family])
+    if family.endswith("-turned"):
+        turn_experts(tmp_path / "base" / "model.safetensors")
     ids = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(1))
     states, quantized = run(tmp_path / "base", tmp_path / "work", monkeypatch, ids)
     with torch.no_grad():
@@ -163,9 +252,37 @@ def test_states_before_each_layer_are_those_of_the_model(
     for number, (got, expected) in enumerate(zip(states, layers, strict=True)):
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4, msg=f"layer {number}")
     # every linear of every layer has its codes
-    stored = {
-        key.removesuffix(".weight")
-        for key, parameter in model.named_parameters()
-        if parameter.ndim == 2 and key.startswith(f"{skeleton.layers_name}.")
-    }
-    assert set(quantized) == {skeleton.checkpoint_name(n) for n in stored}
+    assert sorted(quantized) == sorted(linears_of(tmp_path / "base"))
+
+
+def turn_experts(path: Path) -> None:
+    tensors = load_file(path)
+    for name, values in tensors.items():
+        if values.ndim == 3 and ".experts." in name:
+            tensors[name] = values.transpose(1, 2).contiguous()
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def linears_of(base: Path) -> list[str]:
+    """Return the linears of the layers as the checkpoint's own headers have them."""
+    found = []
+    for file in base.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (no mapping)
+                shape = opened.get_slice(name).get_shape()
+                module = name.removesuffix(".weight")
+                is_inside = re.search(r"\b(layers|h)\.\d+\.", name) and "visi" not in name
+                if not is_inside or module.rpartition(".")[2] in {"gate", "shared_expert_gate"}:
+                    continue
+                if len(shape) == 2:
+                    found.append(module)
+                elif name.endswith("gate_up_proj"):
+                    found += _names_of_experts(module, shape[0], ["gate_proj", "up_proj"])
+                elif name.endswith("down_proj"):
+                    found += _names_of_experts(module, shape[0], ["down_proj"])
+    return found
+
+
+def _names_of_experts(module: str, count: int, names: list[str]) -> list[str]:
+    experts = module.rpartition(".")[0]
+    return [f"{experts}.{number}.{name}" for number in range(count) for name in names]

@@ -12,13 +12,15 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 from transformers.quantizers.auto import AutoQuantizationConfig
 
@@ -272,12 +274,16 @@ def test_a_quantized_base_is_refused(case: Case) -> None:
 @pytest.mark.parametrize(
     ("model", "match"),
     [
-        (lambda: GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=2)),
-         "Conv1D"),
-        (lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(
-            vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
-            num_key_value_heads=2, num_experts=2, moe_intermediate_size=32)),
-         "mixtures of experts"),
+        (lambda: T5ForConditionalGeneration(T5Config(
+            vocab_size=96, d_model=32, d_ff=32, num_layers=2, num_heads=2)), "encoders with"),
+        (lambda: GptOssForCausalLM(GptOssConfig(
+            vocab_size=96, hidden_size=32, intermediate_size=32, num_hidden_layers=2, head_dim=16,
+            num_attention_heads=2, num_key_value_heads=2, num_local_experts=4)),
+         "experts with biases"),
+        (lambda: Llama4ForCausalLM(Llama4TextConfig(
+            vocab_size=96, hidden_size=32, intermediate_size=32, intermediate_size_mlp=32,
+            num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=16,
+            num_local_experts=2, num_experts_per_tok=1)), "experts that transformers does not"),
     ],
 )  # fmt: skip
 def test_models_that_are_not_quantized(case: Case, model: Any, match: str) -> None:

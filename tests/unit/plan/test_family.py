@@ -173,7 +173,6 @@ def test_conv1d(model_type: str | None, module: str, expected: bool) -> None:
     [
         (are_experts_transposed_in_memory, "gpt_oss", True),
         (are_experts_transposed_in_memory, "aria", True),
-        (are_experts_transposed_on_disk, "qwen3_vl_moe", True),
         (are_experts_in_out_on_disk, "gpt_oss", True),
         (are_experts_in_out_on_disk, "llama4", True),
         (are_experts_in_out_on_disk, "qwen3_vl_moe", True),
@@ -194,3 +193,23 @@ def test_experts_of_a_family(
 
 def test_no_config_no_conv1d() -> None:
     assert is_conv1d("c_attn", config={}) is False
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "shape", "expected"),
+    [
+        ("qwen3_vl_moe", "gate_up_proj", (4, 32, 48), True),
+        ("qwen3_vl_moe", "down_proj", (4, 24, 32), True),
+        # as transformers writes them
+        ("qwen3_vl_moe", "gate_up_proj", (4, 48, 32), False),
+        ("qwen3_vl_moe", "down_proj", (4, 32, 24), False),
+        ("mixtral", "gate_up_proj", (4, 32, 48), False),
+    ],
+)
+def test_experts_that_are_stored_the_other_way_round(
+    model_type: str, name: str, shape: tuple[int, ...], expected: bool
+) -> None:
+    config = {"model_type": model_type, "hidden_size": 32}
+    assert are_experts_transposed_on_disk(config, name, shape) is expected
+    inside = {"model_type": "some_vlm", "text_config": config}
+    assert are_experts_transposed_on_disk(inside, name, shape) is expected

@@ -110,7 +110,12 @@ def _loss(model: Any, windows: torch.Tensor) -> float:
 def _evaluator(base: Path, windows: torch.Tensor, **changes: Any) -> Evaluator:
     plan = prepare(parse_config({"model_name_or_path": str(base), "export_dir": str(base / "o")}))
     source = MergedSource(plan)
-    skeleton = build_skeleton(base, config_edits={}, names=source.names, is_for_codes=False)
+    skeleton = build_skeleton(
+        base,
+        config_edits={},
+        tensors={n: source.plan(n) for n in source.names},
+        is_for_codes=False,
+    )
     return Evaluator(skeleton, source, windows, base, **changes)
 
 

@@ -278,3 +278,12 @@ def test_parts_are_all_of_a_text(text: str, most: int) -> None:
     assert "".join(part.text for part in parts) == text
     assert all(part.text and part.is_templated for part in parts)
     assert all(len(part.text) <= most + 100 for part in parts)
+
+
+def test_a_tokenizer_that_gives_nothing_is_named(tmp_path: Path) -> None:
+    # words that are in no vocabulary, and nothing that stands for them
+    inner = Tokenizer(models.BPE({"a": 0}, []))
+    file = tmp_path / "t.txt"
+    file.write_text("xyz")
+    with pytest.raises(QuantizationError, match="gives no token for any of 1 rows"):
+        load(str(file), 1, 4, tokenizer=PreTrainedTokenizerFast(tokenizer_object=inner))
