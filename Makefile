@@ -52,6 +52,8 @@ demo: .venv/.demo $(DEMO)/SmolLM2-135M-Instruct/config.json
 docs: .venv/.install
 	echo "write    docs/adapters.md"
 	$(BIN)/python -m streammerge.adapters.support docs/adapters.md
+	echo "write    docs/codecs.md"
+	$(BIN)/python -m streammerge.codecs.support docs/codecs.md
 
 gates: .venv/.dev
 	echo "ruff check"

@@ -1,4 +1,4 @@
-"""What the merge operations mean, in fp64: the truth that backends and kernels are tested against.
+"""What the operations mean, in fp64: the truth that backends and kernels are tested against.
 
 Shapes: N out_features, K in_features, R rank. Every operation converts its inputs to fp64, which is
 exact, does its arithmetic there, and rounds to `out_dtype` once, to nearest, ties to even. It is
@@ -18,10 +18,48 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Term", "dora_merge", "dora_row_norm", "lora_merge", "round_once"]
+__all__ = [
+    "E2M1_VALUES",
+    "FP8_BLOCK",
+    "NF4_VALUES",
+    "Term",
+    "dora_merge",
+    "dora_row_norm",
+    "fp8_decode",
+    "lora_merge",
+    "mxfp4_decode",
+    "nf4_decode",
+    "round_once",
+]
 
 Term = tuple[torch.Tensor, torch.Tensor, float]
 """A, B and the scaling of one adapter: (R, K), (N, R), and a factor."""
+
+NF4_VALUES = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+"""By code. Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, appendix E."""
+
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""By the lower three bits of a code; the fourth is its sign. OCP MX Specification 1.0, 5.3.3."""
+
+FP8_BLOCK = 128
+"""Rows and columns that share a scale, where scales are by block."""
 
 
 def lora_merge(weight: torch.Tensor, terms: Sequence[Term], out_dtype: torch.dtype) -> torch.Tensor:
@@ -97,6 +135,62 @@ def dora_merge(
     adapted = weight.double() + _delta(weight, a, b, scaling)
     rows = magnitude.double() / _row_norm(adapted)
     return round_once(rows.unsqueeze(1) * adapted, out_dtype)
+
+
+def nf4_decode(
+    packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], block_size: int
+) -> torch.Tensor:
+    """Decode NF4 as bitsandbytes stores it: `NF4_VALUES[code] * absmax`, blocks along flat W.
+
+    Args:
+        packed: (N * K / 2,) after flattening, uint8, the first code of a pair in the upper bits.
+        absmax: (ceil(N * K / block_size),) after flattening, fp32.
+        shape: (N, K), with an even number of elements.
+        block_size: Elements that share an absmax.
+
+    Returns:
+        (N, K) in fp64, exact.
+    """
+    pairs = packed.flatten().long()
+    codes = torch.stack([pairs >> 4, pairs & 15], dim=1).flatten()
+    values = torch.tensor(NF4_VALUES, dtype=torch.float64, device=packed.device)[codes]
+    scales = absmax.flatten().double().repeat_interleave(block_size)[: codes.numel()]
+    return (values * scales).view(shape)
+
+
+def fp8_decode(quantized: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Decode FP8: `quantized * scale`.
+
+    Args:
+        quantized: (N, K) in float8_e4m3fn.
+        scale: One of shape () or (1,), (N, 1) by row, or (ceil(N / 128), ceil(K / 128)) by block.
+
+    Returns:
+        (N, K) in fp64, exact.
+    """
+    n, k = quantized.shape
+    scales = scale.double()
+    if scale.ndim == 2 and scale.shape != (n, 1):
+        scales = scales.repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)[:n, :k]
+    return quantized.double() * scales
+
+
+def mxfp4_decode(packed: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
+    """Decode MXFP4: `e2m1 * 2^(exponent - 127)`, NaN where the exponent is 255.
+
+    Args:
+        packed: (N, K / 2), uint8, the first code of a pair in the lower bits.
+        exponents: (N, K / 32), uint8.
+
+    Returns:
+        (N, K) in fp64, exact.
+    """
+    codes = torch.stack([packed & 15, packed >> 4], dim=2).flatten(1).long()
+    signed = (*E2M1_VALUES, *(-value for value in E2M1_VALUES))
+    values = torch.tensor(signed, dtype=torch.float64, device=packed.device)[codes]
+    scales = torch.exp2(exponents.double() - 127)
+    scales = torch.where(exponents == 255, torch.nan, scales)
+    return values * scales.repeat_interleave(32, 1)
 
 
 def round_once(values: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from streammerge.checkpoint.reader import ReadableFile
+
 __all__ = [
     "DATA_ALIGNMENT",
     "MAX_HEADER_BYTES",
@@ -61,6 +63,16 @@ class StoredTensor:
     path: Path
     offset: int
     """First byte, counted from the start of the file."""
+
+    @property
+    def file(self) -> ReadableFile:
+        """What a reader opens, and finds its bytes in from `offset` on."""
+        return self.path
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files that its bytes depend on."""
+        return (self.path,)
 
     @property
     def nbytes(self) -> int:

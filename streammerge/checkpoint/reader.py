@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections import OrderedDict
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -19,13 +20,12 @@ from streammerge.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from streammerge.checkpoint.header import StoredTensor
     from streammerge.checkpoint.slab import Slab
     from streammerge.config.tuning import FileMode
 
-__all__ = ["FileReader", "ReaderPool", "open_reader", "read_failing"]
+__all__ = ["FileReader", "OpensItself", "ReadableFile", "ReaderPool", "open_reader", "read_failing"]
 
 _PAGE = mmap.PAGESIZE
 READ_AHEAD_BYTES = 32 << 20
@@ -161,12 +161,22 @@ def open_reader(path: Path, *, mode: FileMode) -> FileReader:
         raise CheckpointError(f"cannot open the file ({error})", where=path) from error
 
 
+class OpensItself(Protocol):
+    """What has bytes to be read, and is no file."""
+
+    def open_reader(self, pool: ReaderPool, /) -> FileReader:
+        """Return a reader of its bytes, which may read files of a pool."""
+
+
+ReadableFile = Path | OpensItself
+
+
 class ReaderPool:
     """The open files of one thread, opened on first use; the one unused for longest is closed."""
 
     def __init__(self, *, mode: FileMode) -> None:
         self._mode = mode
-        self._readers: OrderedDict[Path, FileReader] = OrderedDict()
+        self._readers: OrderedDict[ReadableFile, FileReader] = OrderedDict()
 
     def __enter__(self) -> ReaderPool:
         return self
@@ -174,19 +184,23 @@ class ReaderPool:
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
-    def reader(self, path: Path) -> FileReader:
+    def reader(self, file: ReadableFile) -> FileReader:
         """Return the open reader of a file."""
-        if path in self._readers:
-            self._readers.move_to_end(path)
+        if file in self._readers:
+            self._readers.move_to_end(file)
         else:
             if len(self._readers) == _MAX_OPEN_FILES:
                 self._readers.popitem(last=False)[1].close()
-            self._readers[path] = open_reader(path, mode=self._mode)
-        return self._readers[path]
+            self._readers[file] = (
+                open_reader(file, mode=self._mode)
+                if isinstance(file, Path)
+                else file.open_reader(self)
+            )
+        return self._readers[file]
 
     def read_tensor(self, tensor: StoredTensor, buffer: memoryview) -> None:
         """Fill `buffer`, of exactly the tensor's size, with its bytes."""
-        self.reader(tensor.path).read_into(tensor.offset, buffer)
+        self.reader(tensor.file).read_into(tensor.offset, buffer)
 
     def close(self) -> None:
         """Close every file."""

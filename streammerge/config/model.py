@@ -118,6 +118,8 @@ class ExportConfig(BaseModel):
     """`reproduce`: merge as PEFT does even where it is known to be wrong (docs/numerics.md)."""
     base_is_residual: bool = False
     """The base is the residual that PiSSA, OLoRA and the like trained on, not the original."""
+    allow_dequantize: bool = False
+    """Merge onto what a GPTQ, AWQ or AQLM base stands for; write any quantized base in 16 bit."""
     moe_b_layout: Literal["peft", "unsloth"] = "peft"
     """How adapters on fused experts divide the columns of B; Unsloth's files look like PEFT's."""
     adapter_weights: Annotated[tuple[float, ...], BeforeValidator(_weights)] = ()

@@ -96,6 +96,7 @@ def evaluate(
     """
     from streammerge.quantize.evaluate import Evaluator  # noqa: PLC0415 (needs torch)
     from streammerge.quantize.heap import return_freed_memory  # noqa: PLC0415 (is beside it)
+    from streammerge.quantize.source import MergedSource  # noqa: PLC0415
 
     started = time.perf_counter()
     options = options or EvaluateOptions()
@@ -108,14 +109,17 @@ def evaluate(
             "model_name_or_path": checkpoint,
             "adapter_name_or_path": list(adapters),
             "export_dir": str(folder / "none"),
+            # what is quantized is measured by what its codes stand for
+            "allow_dequantize": True,
         }
         if options.max_memory is not None:
             values["max_memory"] = options.max_memory
         config = parse_config(values)
         plan = prepare(config)
+        section = _section(plan)
         ids = _read_tokens(text, load_tokenizer(plan), max_tokens=options.max_tokens)
         windows = _cut(ids, options.length, text)
-        with _open_source(plan) as source:
+        with MergedSource(plan) as source:
             skeleton = _skeleton(plan, source)
             _check_room(skeleton, windows, folder, max_memory=config.max_memory)
             count = len(skeleton.layers)
@@ -127,7 +131,6 @@ def evaluate(
                 on_layer=lambda number: progress(f"layer {number + 1} of {count}"),
             )
             found = evaluator.run()
-    section = _section(plan)
     return EvaluationReport(
         checkpoint=checkpoint,
         adapters=tuple(adapters),
@@ -149,22 +152,6 @@ def evaluate(
 def _section(plan: MergePlan) -> dict[str, Any] | None:
     section = plan.base_config.get("quantization_config")
     return section if isinstance(section, dict) else None
-
-
-def _open_source(plan: MergePlan) -> MergedSource:
-    """Open what gives the model's weights.
-
-    Raises:
-        UnsupportedError: The codes of a quantized checkpoint are of another kind.
-    """
-    from streammerge.quantize.dequantized import (  # noqa: PLC0415 (needs torch)
-        DequantizedSource,
-        GptqFormat,
-    )
-    from streammerge.quantize.source import MergedSource  # noqa: PLC0415 (needs torch)
-
-    section = _section(plan)
-    return DequantizedSource(plan, GptqFormat.of(section)) if section else MergedSource(plan)
 
 
 def _skeleton(plan: MergePlan, source: MergedSource) -> Skeleton:

@@ -47,7 +47,7 @@ class LoadedFactors:
 
         def read_source(offset: int, buffer: memoryview) -> None:
             with ReaderPool(mode="buffered") as weights:
-                reader = weights.reader(source.path)
+                reader = weights.reader(source.file)
                 reader.read_into(source.offset + offset, buffer)
                 reader.forget(source.offset + offset, len(buffer))
 

@@ -209,7 +209,7 @@ class Pipeline:
                     break
                 with self._timed("read"):
                     for segment in job.block.segments:
-                        reader = weights.reader(segment.path)
+                        reader = weights.reader(segment.file)
                         reader.read_slab(
                             segment.offset, job.slab, at=job.at + segment.at, nbytes=segment.nbytes
                         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from streammerge.adapters.adapter import open_adapter
@@ -14,13 +15,16 @@ from streammerge.checkpoint.index import open_checkpoint
 from streammerge.checkpoint.reader import ReaderPool
 from streammerge.checkpoint.sidecars import added_tokens, find_sidecars
 from streammerge.checkpoint.torch_bin import storage_class
+from streammerge.codecs.decoded import READER_BYTES, DecodedTensor, decode_checkpoint
+from streammerge.codecs.registry import find_codec
 from streammerge.dtypes import Dtype
 from streammerge.engine.machine import choose_io
 from streammerge.engine.renames import find_renames
-from streammerge.errors import AdapterError, ConfigError
+from streammerge.errors import AdapterError, ConfigError, PlanError
 from streammerge.plan.build import PlanOptions, plan_tensors
+from streammerge.plan.family import is_conv1d
 from streammerge.plan.layout import Layout, lay_out
-from streammerge.plan.memory import plan_memory
+from streammerge.plan.memory import BASELINE_BYTES, plan_memory
 from streammerge.plan.merge_plan import MergePlan
 
 if TYPE_CHECKING:
@@ -38,6 +42,8 @@ if TYPE_CHECKING:
 __all__ = ["prepare"]
 
 _DTYPES = {"float16": Dtype.F16, "bfloat16": Dtype.BF16, "float32": Dtype.F32}
+# their codes follow from calibration, which a merge onto them makes void
+_CALIBRATED = frozenset({"gptq", "awq", "aqlm"})
 COMPARE_BYTES = 4 << 20
 
 
@@ -54,6 +60,8 @@ def prepare(config: ExportConfig, *, local_only: bool = False) -> MergePlan:
     _check_supported(config)
     base_path, adapter_paths = _resolve(config, local_only=local_only)
     base = open_checkpoint(base_path, ignore_files=config.ignore_files)
+    base_config = base.config
+    base, decoded_notes = _decoded(base, config)
     choices = Choices(config.base_is_residual, config.peft_bugs == "reproduce")
     adapters = [open_adapter(path, choices) for path in adapter_paths]
     renames, rename_note = find_renames(base, adapters)
@@ -70,6 +78,8 @@ def prepare(config: ExportConfig, *, local_only: bool = False) -> MergePlan:
         same_bytes=_same_bytes,
         renames=renames,
     )
+    if decoded_notes:
+        contents.config_edits["quantization_config"] = None
     if not config.use_kv_cache:
         contents.config_edits["use_cache"] = False
     layout: Layout = "torch_bin" if config.export_legacy_format else "safetensors"
@@ -84,7 +94,12 @@ def prepare(config: ExportConfig, *, local_only: bool = False) -> MergePlan:
     )
     output = _resolve_output(config.export_dir)
     io, shape, io_notes = choose_io(config, base=base_path, output=output)
-    memory = plan_memory(contents.tensors, max_memory=config.max_memory, shape=shape)
+    memory = plan_memory(
+        contents.tensors,
+        max_memory=config.max_memory,
+        shape=shape,
+        baseline=BASELINE_BYTES + (io.readers * READER_BYTES if decoded_notes else 0),
+    )
     sidecars, notes = _sidecars(config, base, adapters, contents)
     unused = [
         f"{name} in the base is not part of the checkpoint" for name in base.unused_weight_files
@@ -101,9 +116,10 @@ def prepare(config: ExportConfig, *, local_only: bool = False) -> MergePlan:
         io=io,
         shape=shape,
         memory=memory,
-        base_config=base.config,
+        base_config=base_config,
         notes=(
             *config.notes,
+            *decoded_notes,
             *contents.notes,
             *unused,
             *notes,
@@ -111,6 +127,43 @@ def prepare(config: ExportConfig, *, local_only: bool = False) -> MergePlan:
             *io_notes,
         ),
     )
+
+
+def _decoded(base: Checkpoint, config: ExportConfig) -> tuple[Checkpoint, list[str]]:
+    """Have a quantized base's weights decoded as they are read, where arithmetic is done on them.
+
+    Raises:
+        PlanError: Its codes were calibrated, and the user has not asked for what they stand for.
+        UnsupportedError: They are of a kind that is not decoded.
+    """
+    section = base.config.get("quantization_config")
+    is_changed = bool(config.adapter_name_or_path) or config.infer_dtype in _DTYPES
+    if not isinstance(section, dict) or not (is_changed or config.allow_dequantize):
+        return base, []
+    method = section.get("quant_method")
+    if method in _CALIBRATED and not config.allow_dequantize:
+        raise PlanError(
+            f"base is quantized ({method}): its weights have lost what calibration could not keep, "
+            "and so would a merge onto them",
+            where=base.path,
+            expected="the model that was quantized, in 16 or 32 bit",
+            hint="set model_name_or_path to it, or allow_dequantize: true to merge onto what the "
+            "codes stand for",
+        )
+    named = base.config.get("dtype") or base.config.get("torch_dtype")
+    codec = find_codec(section, _DTYPES.get(str(named), Dtype.BF16))
+    with ReaderPool(mode="buffered") as pool:
+        decoded = decode_checkpoint(
+            base,
+            codec,
+            pool,
+            is_turned=lambda name: is_conv1d(name.removesuffix(".weight"), config=base.config),
+        )
+    dtypes = {t.dtype.value for t in decoded.tensors.values() if isinstance(t, DecodedTensor)}
+    stored = " and ".join(sorted(dtypes)) or "nothing"
+    rest = {key: value for key, value in base.config.items() if key != "quantization_config"}
+    note = f"base is quantized ({codec.title}): its weights are decoded to {stored}"
+    return replace(decoded, config=rest), [note]
 
 
 def _unit_weights(config: ExportConfig) -> tuple[float, ...]:
@@ -182,7 +235,7 @@ def _same_bytes(left: StoredTensor, right: StoredTensor) -> bool:
         for start in range(0, left.nbytes, COMPARE_BYTES):
             count = min(COMPARE_BYTES, left.nbytes - start)
             for piece, tensor in zip(pieces, (left, right), strict=True):
-                readers.reader(tensor.path).read_into(
+                readers.reader(tensor.file).read_into(
                     tensor.offset + start, memoryview(piece)[:count]
                 )
             if pieces[0][:count] != pieces[1][:count]:

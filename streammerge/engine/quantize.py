@@ -247,7 +247,8 @@ def bytes_needed(plan: MergePlan, settings: QuantizeSettings) -> int:
 
 def _check_base(plan: MergePlan) -> None:
     quantized = plan.base_config.get("quantization_config")
-    if quantized:
+    # decoded on the way, the layers are as good as any
+    if quantized and "quantization_config" not in plan.contents.config_edits:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise UnsupportedError(
             "base is quantized already",

@@ -74,7 +74,7 @@ def fingerprint(plan: MergePlan, *, allow_nonfinite: bool = False) -> str:
     Inputs are known by path, inode, size and times.
     """
     digest = hashlib.sha256()
-    files = {tensor.source.path for tensor in plan.tensors}
+    files = {path for tensor in plan.tensors for path in tensor.source.paths}
     for tensor in plan.tensors:
         files.update(factor.path for term in tensor.terms for factor in term.factors)
     for path in sorted(files):

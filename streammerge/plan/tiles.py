@@ -11,10 +11,10 @@ from streammerge.plan.ops import ApplyTerms, CopyBytes, LoraTerm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from streammerge.adapters.terms import Factor
     from streammerge.checkpoint.header import StoredTensor
+    from streammerge.checkpoint.reader import ReadableFile
     from streammerge.plan.layout import ShardPlan
     from streammerge.plan.ops import TensorPlan
 
@@ -46,7 +46,7 @@ _MOST_PIECES = 256
 class Segment:
     """A range of a source file, and its place in a block's buffer."""
 
-    path: Path
+    file: ReadableFile
     offset: int
     at: int
     nbytes: int
@@ -164,7 +164,7 @@ def cut_shard(shard: ShardPlan, *, slab_bytes: int, max_factor_bytes: int) -> It
 class _Part:
     """A part of a block: rows of a target, or bytes that pass through."""
 
-    path: Path
+    file: ReadableFile
     offset: int
     source_bytes: int
     output_bytes: int
@@ -197,7 +197,7 @@ class _Cutter:
                 yield self.close()
                 continue
             count = min(room, stored.nbytes - done)
-            self._add(_Part(stored.path, stored.offset + done, count, count, None))
+            self._add(_Part(stored.file, stored.offset + done, count, count, None))
             self._has_copies = True
             done += count
 
@@ -235,7 +235,7 @@ class _Cutter:
             stored = target.source
             self._add(
                 _Part(
-                    stored.path,
+                    stored.file,
                     stored.offset + begin * source_row,
                     count * source_row,
                     count * output_row,
@@ -250,7 +250,7 @@ class _Cutter:
         tiles = []
         source_at, output_at = self._lead, 0
         for part in self._parts:
-            _append(segments, Segment(part.path, part.offset, source_at, part.source_bytes))
+            _append(segments, Segment(part.file, part.offset, source_at, part.source_bytes))
             if part.tile is not None:
                 tiles.append(MergeTile(*part.tile, source_at, output_at))
             source_at += part.source_bytes
@@ -278,7 +278,7 @@ def _append(segments: list[Segment], segment: Segment) -> None:
     """Add a range; one that continues the last range lengthens it, so that it is one read."""
     if segments:
         last = segments[-1]
-        if last.path == segment.path and last.offset + last.nbytes == segment.offset:
-            segments[-1] = Segment(last.path, last.offset, last.at, last.nbytes + segment.nbytes)
+        if last.file == segment.file and last.offset + last.nbytes == segment.offset:
+            segments[-1] = Segment(last.file, last.offset, last.at, last.nbytes + segment.nbytes)
             return
     segments.append(segment)

@@ -19,7 +19,7 @@ from streammerge.plan.expert_layout import ExpertLayout
 from streammerge.plan.match import NameResolver
 from streammerge.plan.slots import Slot
 from streammerge.quantize.experts import find_experts
-from streammerge.quantize.modules import is_conv1d, is_linear, weight_matrix
+from streammerge.quantize.modules import is_linear, weight_matrix
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -136,8 +136,6 @@ class Skeleton:
                 )
             wanted = source.plan(name).dtype.is_mergeable
             state[path] = source.load(name, dtype if wanted else None)
-            if source.is_coded(name) and is_conv1d(layer.get_submodule(path.rpartition(".")[0])):
-                state[path] = state[path].T.contiguous()
         try:
             layer.load_state_dict(state, assign=True, strict=True)
         except RuntimeError as error:

@@ -70,11 +70,6 @@ class MergedSource:
         """Return what is planned for a tensor."""
         return self._tensors[name]
 
-    def is_coded(self, name: str) -> bool:
-        """Whether a weight is stored as codes, and given as (N, K) whatever the model has."""
-        del name
-        return False
-
     def load(
         self, name: str, dtype: torch.dtype | None = None, *, part: int | None = None
     ) -> torch.Tensor:
@@ -177,6 +172,6 @@ class MergedSource:
 
     def _read(self, target: TensorPlan, offset: int, view: memoryview) -> None:
         source = target.source
-        reader = self._readers.reader(source.path)
+        reader = self._readers.reader(source.file)
         reader.read_into(source.offset + offset, view)
         reader.forget(source.offset + offset, len(view))

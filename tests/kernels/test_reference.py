@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from fractions import Fraction
+from statistics import NormalDist
 
 import numpy as np
 import pytest
 import torch
 
 import streammerge_kernels
-from streammerge_kernels.reference import dora_merge, dora_row_norm, lora_merge, round_once
+from streammerge_kernels.reference import (
+    NF4_VALUES,
+    dora_merge,
+    dora_row_norm,
+    fp8_decode,
+    lora_merge,
+    mxfp4_decode,
+    nf4_decode,
+    round_once,
+)
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 BITS = {torch.bfloat16: 8, torch.float16: 11}
@@ -144,8 +156,62 @@ def test_magnitude_of_another_length_is_refused() -> None:
         dora_merge(*tensors, 1.0, torch.float32)
 
 
-def test_the_package_gives_the_reference_and_nothing_else() -> None:
-    assert streammerge_kernels.lora_merge is lora_merge
-    assert streammerge_kernels.dora_merge is dora_merge
+def test_nf4_decodes_the_first_code_of_a_pair_from_the_upper_bits() -> None:
+    packed = torch.tensor([0x0F, 0x87], dtype=torch.uint8)
+    got = nf4_decode(packed, torch.tensor([2.0, 10.0]), (1, 4), block_size=2)
+    assert got.tolist() == [[-2.0, 2.0, 10 * NF4_VALUES[8], 0.0]]
+
+
+def test_nf4_values_divide_the_normal_distribution_as_their_source_says() -> None:
+    # appendix E of the QLoRA paper, with the offset that bitsandbytes computed the table with
+    normal, offset = NormalDist(), 0.9677083
+    up = [normal.inv_cdf(offset + (0.5 - offset) * i / 8) for i in range(8)]
+    down = [-normal.inv_cdf(offset + (0.5 - offset) * i / 7) for i in range(7)]
+    values = sorted([*up, *down, 0.0])
+    assert pytest.approx([value / values[-1] for value in values], abs=1e-6) == NF4_VALUES
+
+
+def test_mxfp4_decodes_the_first_code_of_a_pair_from_the_lower_bits() -> None:
+    packed = torch.zeros(2, 32, dtype=torch.uint8)
+    packed[0, :2] = torch.tensor([0x21, 0xF7])
+    exponents = torch.tensor([[128, 0], [255, 127]], dtype=torch.uint8)
+    got = mxfp4_decode(packed, exponents)
+    assert got.shape == (2, 64)
+    assert got[0, :4].tolist() == [1.0, 2.0, 12.0, -12.0]
+    assert got[1, :32].isnan().all()
+    assert not got[1, 32:].any()
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [(torch.tensor([3.0]), (3.0, 3.0)), (torch.arange(1.0, 131.0).view(130, 1), (1.0, 130.0)),
+     (torch.tensor([[1.0, 2.0], [3.0, 4.0]]), (1.0, 4.0))],
+)  # fmt: skip
+def test_fp8_scales_are_for_the_tensor_a_row_or_a_block(
+    scale: torch.Tensor, expected: tuple[float, float]
+) -> None:
+    got = fp8_decode(torch.ones(130, 200).to(torch.float8_e4m3fn), scale)
+    assert (got[0, 0].item(), got[129, 199].item()) == expected
+
+
+def test_the_package_gives_operations_and_nothing_else() -> None:
+    assert streammerge_kernels.lora_merge_.__module__ == "streammerge_kernels.merge"
+    for name in streammerge_kernels.__all__:
+        assert callable(getattr(streammerge_kernels, name))
     with pytest.raises(AttributeError, match="no attribute 'other'"):
         _ = streammerge_kernels.other  # type: ignore[attr-defined]
+
+
+def test_the_package_and_its_reference_load_without_triton() -> None:
+    program = (
+        "import sys\n"
+        "sys.modules['triton'] = None\n"
+        "import streammerge_kernels, streammerge_kernels.reference\n"
+        "try:\n"
+        "    streammerge_kernels.lora_merge_\n"
+        "except ModuleNotFoundError as error:\n"
+        "    assert error.name == 'triton', error\n"
+        "else:\n"
+        "    raise SystemExit('loaded')\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -173,7 +173,7 @@ def test_every_source_byte_is_read_once(items: Items, spare: int, factors: int) 
             for n in range(placed.tensor.source.nbytes)
         ]
         got = [
-            (segment.path, segment.offset + n)
+            (segment.file, segment.offset + n)
             for block in blocks
             for segment in block.segments
             for n in range(segment.nbytes)
@@ -190,7 +190,7 @@ def read(block: Block, slab: int) -> Slots:
     slots: Slots = [None] * slab
     for segment in block.segments:
         for n in range(segment.nbytes):
-            slots[segment.at + n] = (segment.path, segment.offset + n)
+            slots[segment.at + n] = (segment.file, segment.offset + n)
     return slots
 
 
@@ -257,7 +257,7 @@ def test_neighbouring_segments_are_one(items: Items, spare: int, factors: int) -
     for _, _, blocks in cuts(items, spare, factors=factors):
         for block in blocks:
             for left, right in pairwise(block.segments):
-                is_next = (left.path, left.offset + left.nbytes) == (right.path, right.offset)
+                is_next = (left.file, left.offset + left.nbytes) == (right.file, right.offset)
                 # a range of the file goes to a range of the slab
                 assert not is_next or left.at + left.nbytes != right.at
 

@@ -1,0 +1,171 @@
+"""A quantized checkpoint as if it were stored in 16 bits: weights are decoded as they are read.
+
+Where a tensor's bytes would be read from a file, they are decoded from the codes instead, wherever
+these lie. What reads, merges and writes need not know.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from streammerge.checkpoint.header import StoredTensor
+from streammerge.codecs.turned import TurnedWeight
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from streammerge.checkpoint.index import Checkpoint
+    from streammerge.checkpoint.reader import FileReader, ReaderPool
+    from streammerge.checkpoint.slab import Slab
+    from streammerge.codecs.base import Codec, CodedWeight, Extent, Stored
+
+__all__ = ["READER_BYTES", "DecodedFile", "DecodedTensor", "decode_checkpoint"]
+
+# decoded at a time
+CHUNK_VALUES = 1 << 19
+# of one reader: codes, values in float32 and what is computed on the way, and what tiles share
+READER_BYTES = 24 * CHUNK_VALUES
+# what a layer that multiplies codes scales its inputs and caches by
+_OF_ACTIVATIONS = (".input_scale", ".input_global_scale", ".input_zero_point", ".activation_scale",
+                   ".k_scale", ".v_scale", ".q_scale", ".output_scale")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedFile:
+    """What stands in the place of a file: the values of one weight, row after row."""
+
+    weight: CodedWeight
+
+    def open_reader(self, pool: ReaderPool) -> FileReader:
+        """Return a reader that takes codes from the files of a pool."""
+        return _DecodingReader(self.weight, pool)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedTensor(StoredTensor):
+    """A weight that is stored as codes."""
+
+    weight: CodedWeight
+
+    @property
+    def file(self) -> DecodedFile:
+        """What a reader opens."""
+        return DecodedFile(self.weight)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files that its bytes depend on."""
+        found = [part.tensor for part in self.weight.parts]
+        return tuple(dict.fromkeys(t.path for t in found if isinstance(t, StoredTensor)))
+
+
+def decode_checkpoint(
+    base: Checkpoint, codec: Codec, pool: ReaderPool, *, is_turned: Callable[[str], bool]
+) -> Checkpoint:
+    """Return a checkpoint whose weights are decoded when they are read.
+
+    Args:
+        base: The quantized checkpoint.
+        codec: Its format.
+        pool: Reads the few small tensors that hold shapes.
+        is_turned: Tells by its name whether a weight is (inputs, outputs) where it is no codes.
+
+    Raises:
+        CheckpointError: Codes are not complete, or do not fit together.
+        UnsupportedError: A weight is stored in a variety that cannot be decoded.
+    """
+
+    def read(tensor: Stored) -> bytes:
+        assert isinstance(tensor, StoredTensor)
+        buffer = bytearray(tensor.nbytes)
+        pool.read_tensor(tensor, memoryview(buffer))
+        return bytes(buffer)
+
+    found = codec.find(base.tensors.values(), read)
+    # where its first part is, so that the order of the file is kept
+    firsts = {weight.parts[0].tensor.name: weight for weight in found.weights}
+    plain = {tensor.name for tensor in found.plain}
+    tensors: dict[str, StoredTensor] = {}
+    for name, tensor in base.tensors.items():
+        if name in firsts:
+            weight = firsts[name]
+            if is_turned(weight.name):
+                weight = TurnedWeight.of(weight)
+            tensors[weight.name] = DecodedTensor(
+                weight.name, weight.dtype, weight.shape, tensor.path, 0, weight
+            )
+        elif name in plain and not name.endswith(_OF_ACTIVATIONS):
+            tensors[name] = tensor
+    return replace(base, tensors=tensors)
+
+
+class _DecodingReader:
+    """Reads bytes of a weight's values."""
+
+    def __init__(self, weight: CodedWeight, pool: ReaderPool) -> None:
+        self._weight, self._pool = weight, pool
+        self._shared: dict[str, bytes] = {}
+        self._row_bytes = weight.dtype.nbytes(weight.columns)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill a buffer with the bytes from `offset` of the values."""
+        end = offset + len(buffer)
+        row = self._row_bytes
+        for first, last in self._tiles(offset // row, -(-end // row)):
+            values = self._decode(first, last)
+            start = first * row
+            begin, stop = max(offset, start), min(end, last * row)
+            buffer[begin - offset : stop - offset] = values[begin - start : stop - start]
+
+    def read_slab(self, offset: int, slab: Slab, *, at: int, nbytes: int) -> None:
+        """Put bytes from `offset` of the values into a slab."""
+        self.read_into(offset, slab.view[at : at + nbytes])
+
+    def forget(self, offset: int, nbytes: int) -> None:
+        """Do nothing: the codes of a tile lie among those of others."""
+
+    def close(self) -> None:
+        """Forget what tiles share."""
+        self._shared.clear()
+
+    def _tiles(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """Cut rows, and as many as it takes to make them tiles, into tiles."""
+        weight = self._weight
+        most = max(1, CHUNK_VALUES // max(weight.columns, 1) // weight.row_step) * weight.row_step
+        for matrix in range(begin // weight.matrix_rows, -(-end // weight.matrix_rows)):
+            start = matrix * weight.matrix_rows
+            stop = min(end, start + weight.matrix_rows)
+            first = max(begin, start)
+            first -= (first - start) % weight.row_step
+            while first < stop:
+                last = min(first + most, start + weight.matrix_rows)
+                # no more than is asked for
+                wanted = stop - start + -(stop - start) % weight.row_step
+                last = min(last, start + min(wanted, weight.matrix_rows))
+                yield first, last
+                first = last
+
+    def _decode(self, begin: int, end: int) -> memoryview:
+        import torch  # noqa: PLC0415 (planning needs no torch)
+
+        weight = self._weight
+        data = {extent.role: self._read(extent) for extent in weight.extents(begin, end)}
+        values = weight.decode(begin, end, data)
+        return memoryview(values.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
+
+    def _read(self, extent: Extent) -> memoryview:
+        if extent.role in self._shared:
+            return memoryview(self._shared[extent.role])
+        tensor = self._weight.part(extent.role)
+        assert isinstance(tensor, StoredTensor)
+        data = bytearray(extent.total_bytes)
+        view = memoryview(data)
+        reader = self._pool.reader(tensor.file)
+        for number in range(extent.count):
+            run = view[number * extent.nbytes : (number + 1) * extent.nbytes]
+            reader.read_into(tensor.offset + extent.offset + number * extent.stride, run)
+        if extent.is_shared:
+            self._shared[extent.role] = bytes(data)
+        return view
