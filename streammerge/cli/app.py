@@ -164,11 +164,15 @@ def bench(
 
 @app.command(name="eval")
 def evaluate(  # noqa: PLR0913, PLR0917 (the options of the command)
-    checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of a checkpoint.")],
+    checkpoints: Annotated[
+        list[str], typer.Argument(help="Folders or hub ids of checkpoints, to be compared.")
+    ],
     text: Annotated[Path, typer.Option(help="UTF-8 file with the text.")],
     adapter: Annotated[
-        list[str] | None, typer.Option(help="Adapter to merge on the way; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Adapter to merge onto the first on the way; may be repeated."),
     ] = None,
+    plot: Annotated[Path | None, typer.Option(help="SVG file for a plot of them.")] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=2, help="Tokens of the text that count; all by default.")
     ] = None,
@@ -179,25 +183,39 @@ def evaluate(  # noqa: PLR0913, PLR0917 (the options of the command)
     as_json: _Json = False,
     debug: _Debug = False,
 ) -> None:
-    """Measure the perplexity of CHECKPOINT on a text, layer by layer, and write nothing.
+    """Measure the perplexity of CHECKPOINTS on a text, layer by layer, and write no model.
 
-    CHECKPOINT is in 16 or 32 bit, with adapters or without, or a GPTQ checkpoint, so that base,
-    merged and quantized model can be compared.
+    They are in 16 or 32 bit or quantized, so that base, merged and quantized model can be compared.
     """
 
     def run() -> None:
-        from streammerge.cli.render import show_evaluation
+        from streammerge.cli.render import show_evaluation, show_evaluations
         from streammerge.engine.evaluate import EvaluateOptions
         from streammerge.engine.evaluate import evaluate as run_evaluate
+        from streammerge.report.plot import plot_bars, require_matplotlib
 
-        report = run_evaluate(
-            checkpoint,
-            text,
-            adapters=adapter or (),
-            options=EvaluateOptions(max_tokens, length, _parse_size("--max-memory", max_memory)),
-            progress=_print_progress,
-        )
-        _print_json(report.to_dict()) if as_json else show_evaluation(report)
+        if plot is not None:
+            require_matplotlib()
+        options = EvaluateOptions(max_tokens, length, _parse_size("--max-memory", max_memory))
+        reports = [
+            run_evaluate(
+                checkpoint,
+                text,
+                adapters=(adapter or ()) if number == 0 else (),
+                options=options,
+                progress=_print_progress,
+            )
+            for number, checkpoint in enumerate(checkpoints)
+        ]
+        if plot is not None:
+            values = [(report.label, report.perplexity) for report in reports]
+            plot_bars(plot, values, title=f"Perplexity on {text.name}", unit="perplexity")
+        if len(reports) == 1:
+            _print_json(reports[0].to_dict()) if as_json else show_evaluation(reports[0])
+        elif as_json:
+            _print_json([report.to_dict() for report in reports])
+        else:
+            show_evaluations(reports)
 
     _guard(run, as_json=as_json, debug=debug)
 
@@ -302,5 +320,5 @@ def _print_progress(line: str) -> None:
     typer.echo(line, err=True)
 
 
-def _print_json(value: dict[str, Any]) -> None:
+def _print_json(value: dict[str, Any] | list[dict[str, Any]]) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))

@@ -318,6 +318,32 @@ def show_evaluation(report: EvaluationReport) -> None:
     _print_rows(rows)
 
 
+def show_evaluations(reports: Sequence[EvaluationReport]) -> None:
+    """Print how well several models foresee a text, next to the first."""
+    first = reports[0]
+    left_out = f", {first.tokens_left_out} left out" if first.tokens_left_out else ""
+    _print_rows(
+        [
+            ("text", first.text),
+            ("tokens", f"{first.tokens} in {first.windows} x {first.length}{left_out}"),
+        ]
+    )
+    _print_table(
+        ("checkpoint", "perplexity", "ratio", "mean loss", "time", "peak memory"),
+        [
+            (
+                report.label,
+                f"{report.perplexity:.4f}",
+                f"{report.perplexity / first.perplexity:.4f}",
+                f"{report.loss:.6f}",
+                f"{report.seconds:.1f} s",
+                _size(report.peak_rss_bytes),
+            )
+            for report in reports
+        ],
+    )
+
+
 def _mark(found: dict[str, Any]) -> str:
     return "*" if found["is_chosen"] else ""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from streammerge.checkpoint.writer import require_space
 from streammerge.config import parse_config
 from streammerge.engine.prepare import prepare
-from streammerge.engine.quantize import load_tokenizer
+from streammerge.engine.quantize import load_tokenizer, require_models
 from streammerge.errors import ConfigError, InputError, MemoryBudgetError, UnsupportedError
 from streammerge.report.export_report import peak_rss_bytes
 
@@ -69,6 +69,13 @@ class EvaluationReport:
     peak_rss_bytes: int
     """VmHWM of the process."""
 
+    @property
+    def label(self) -> str:
+        """What was measured, in a line."""
+        names = [Path(name).name or name for name in (self.checkpoint, *self.adapters)]
+        codes = f" ({self.quantization})" if self.quantization else ""
+        return " + ".join(names) + codes
+
     def to_dict(self) -> dict[str, Any]:
         """Give the report as JSON types."""
         return asdict(self)
@@ -85,9 +92,10 @@ def evaluate(
     """Measure the perplexity of a checkpoint, layer by layer, and write nothing that stays.
 
     Args:
-        checkpoint: Folder or hub id of a checkpoint in 16 or 32 bit, or a GPTQ checkpoint.
+        checkpoint: Folder or hub id of a checkpoint in 16 or 32 bit, or quantized in any format
+            that is decoded.
         text: UTF-8 file.
-        adapters: Folders or hub ids, merged in turn on the way; none for a GPTQ checkpoint.
+        adapters: Folders or hub ids, merged in turn on the way.
         options: How much of the text is looked at, and with how much memory.
         progress: Told each layer.
 
@@ -102,6 +110,7 @@ def evaluate(
     options = options or EvaluateOptions()
     if options.length < 2 or (options.max_tokens is not None and options.max_tokens < 2):
         raise ConfigError("length and max_tokens are 2 or more")
+    require_models()
     return_freed_memory()
     with tempfile.TemporaryDirectory(prefix="streammerge-eval-", dir=options.work_folder) as name:
         folder = Path(name)
@@ -135,9 +144,7 @@ def evaluate(
         checkpoint=checkpoint,
         adapters=tuple(adapters),
         text=str(text),
-        quantization=f"{section.get('quant_method')} {section.get('bits')} bit"
-        if section
-        else None,
+        quantization=_describe(section),
         tokens=found.tokens,
         tokens_left_out=len(ids) - windows.numel(),
         windows=len(windows),
@@ -147,6 +154,14 @@ def evaluate(
         seconds=time.perf_counter() - started,
         peak_rss_bytes=peak_rss_bytes(),
     )
+
+
+def _describe(section: dict[str, Any] | None) -> str | None:
+    """Name a format, with its bits if it says how many they are."""
+    if section is None:
+        return None
+    bits = f" {section['bits']} bit" if "bits" in section else ""
+    return f"{section.get('quant_method')}{bits}"
 
 
 def _section(plan: MergePlan) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from streammerge.checkpoint.writer import SafetensorsWriter, TorchBinWriter, req
 from streammerge.config import ExportConfig, load_config, parse_config
 from streammerge.engine.pipeline import Pipeline
 from streammerge.engine.prepare import prepare
-from streammerge.engine.quantize import bytes_needed, quantize_layers, read_settings
+from streammerge.engine.quantize import bytes_needed, foresee, quantize_layers, read_settings
 from streammerge.engine.staging import Staging, check_output, fingerprint
 from streammerge.errors import (
     InputError,
@@ -82,7 +82,8 @@ def build_plan(config: ExportConfig | Mapping[str, Any] | str | Path) -> MergePl
     settings = _to_config(config)
     plan = prepare(settings, local_only=True)
     _check_output(plan, settings)
-    return plan
+    stage = foresee(plan, settings)
+    return plan if stage is None else replace(plan, notes=(*plan.notes, stage))
 
 
 def export(

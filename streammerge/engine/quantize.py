@@ -8,6 +8,7 @@ base and its adapters as that of everything else.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from math import prod
@@ -18,7 +19,7 @@ from streammerge.checkpoint.header import read_header
 from streammerge.checkpoint.hub import HubOptions
 from streammerge.dtypes import Dtype
 from streammerge.engine.staging import Staging, fingerprint
-from streammerge.errors import UnsupportedError
+from streammerge.errors import ConfigError, UnsupportedError
 from streammerge.plan.layout import lay_out
 from streammerge.plan.memory import plan_memory
 from streammerge.plan.ops import CopyBytes, TensorPlan
@@ -39,9 +40,11 @@ if TYPE_CHECKING:
 __all__ = [
     "QuantizedPlan",
     "bytes_needed",
+    "foresee",
     "load_tokenizer",
     "quantize_layers",
     "read_settings",
+    "require_models",
 ]
 
 
@@ -142,6 +145,7 @@ def quantize_layers(
     from streammerge.quantize.tokens import load_calibration  # noqa: PLC0415
 
     _check_base(plan)
+    require_models()
     # what a layer leaves in the heap would otherwise add up over the layers
     return_freed_memory()
     tensors = {tensor.name: tensor for tensor in plan.tensors}
@@ -219,15 +223,42 @@ def _compute_dtype(plan: MergePlan) -> torch.dtype:
     return torch.bfloat16 if is_bf16 and is_fast else torch.float32
 
 
+def foresee(plan: MergePlan, config: ExportConfig) -> str | None:
+    """Say what becomes of the merged layers, from headers alone; None if they stay as they are.
+
+    Raises:
+        UnsupportedError: They are codes already.
+    """
+    bits, size = config.export_quantization_bit, config.export_quantization_group_size
+    if bits is None:
+        return None
+    _check_base(plan)
+    packed, rest, _ = _division(plan, bits=bits, group_size=size)
+    groups = "one scale per row" if size == -1 else f"groups of {size}"
+    return (
+        f"sizes are those of the merge; its layers are quantized as they are merged "
+        f"({config.export_quantization_method}, {bits} bit, {groups}), so that about "
+        f"{(packed + rest) / 1e9:.2f} GB are written in place of {plan.bytes_written / 1e9:.2f} GB"
+    )
+
+
 def bytes_needed(plan: MergePlan, settings: QuantizeSettings) -> int:
-    """Return the most bytes of disk that the run takes: layers, output, and hidden states.
+    """Return the most bytes of disk that the run takes: layers, output, and hidden states."""
+    packed, rest, widest = _division(plan, bits=settings.bits, group_size=settings.group_size)
+    has_experts = any(".experts." in tensor.name for tensor in plan.tensors)
+    # states before and behind a layer; inputs and outputs of experts
+    hidden = (4 if has_experts else 2) * 4 * settings.nsamples * settings.maxlen * widest
+    # a layer's file goes when the output is there
+    return 2 * packed + rest + hidden
+
+
+def _division(plan: MergePlan, *, bits: int, group_size: int) -> tuple[int, int, int]:
+    """Return the bytes of codes, those of all other tensors, and the widest hidden state.
 
     What is quantized is known only with the model; here it is every matrix of a numbered layer.
     """
-    packed = rest = 0
-    has_experts = False
-    per_weight = settings.bits / 8 + (0 if settings.group_size == -1 else 4 / settings.group_size)
-    widest = 0
+    packed = rest = widest = 0
+    per_weight = bits / 8 + (0 if group_size == -1 else 4 / group_size)
     for tensor in plan.tensors:
         is_layer = any(part.isdecimal() for part in tensor.name.split("."))
         is_fused = len(tensor.shape) == 3
@@ -236,13 +267,9 @@ def bytes_needed(plan: MergePlan, settings: QuantizeSettings) -> int:
             packed += int(prod(tensor.shape) * per_weight)
             packed += 16 * matrices * sum(tensor.shape[-2:])
             widest = max(widest, min(tensor.shape[-2:]))
-            has_experts |= is_fused or ".experts." in tensor.name
         else:
             rest += tensor.nbytes
-    # states before and behind a layer; inputs and outputs of experts
-    hidden = (4 if has_experts else 2) * 4 * settings.nsamples * settings.maxlen * widest
-    # a layer's file goes when the output is there
-    return 2 * packed + rest + hidden
+    return packed, rest, widest
 
 
 def _check_base(plan: MergePlan) -> None:
@@ -255,6 +282,19 @@ def _check_base(plan: MergePlan) -> None:
             where=plan.base / "config.json",
             got=f"quant_method {method}",
             hint="give the model in 16 bit; a second quantization would only lose more",
+        )
+
+
+def require_models() -> None:
+    """Make sure that transformers, whose layers are run, is there.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise ConfigError(
+            "transformers, whose layers are run, is not installed",
+            hint="pip install 'streammerge[quantize]'",
         )
 
 

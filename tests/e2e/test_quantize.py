@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -217,6 +221,28 @@ def test_a_stopped_run_goes_on_from_its_layers(case: Case, last: int) -> None:
     assert case.outputs() == ["out", "whole"]
 
 
+def test_a_killed_run_goes_on_with_the_same_bytes(case: Case) -> None:
+    case.export("whole")
+    config = case.folder / "killed.json"
+    config.write_text(json.dumps(case.config()))
+    command = [sys.executable, "-m", "streammerge", "export", str(config)]
+    outputs = case.folder / "outputs"
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as run:
+        deadline = time.monotonic() + 200
+        while not list(outputs.glob("*.layers*/layer-*.safetensors")):
+            assert run.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        run.kill()
+    assert run.returncode == -signal.SIGKILL
+    assert case.outputs() != ["whole"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert case.outputs() == ["out", "whole"]
+    # a process of its own computes in the same number of threads
+    assert case.bytes() == case.bytes("whole")
+
+
 def test_a_lost_layer_starts_over_with_the_same_bytes(case: Case) -> None:
     case.export("whole")
     with pytest.raises(Stop):
@@ -252,6 +278,33 @@ def test_refusals(case: Case, edits: dict[str, Any], error: type[Exception], mat
         case.export(**edits)
     assert "\n" not in str(caught.value)
     assert case.outputs() == []
+
+
+def test_codes_without_symmetry_are_stored_as_the_newer_format(case: Case) -> None:
+    both = {}
+    for is_symmetric in (True, False):
+        name = f"symmetric-{is_symmetric}"
+        report = case.export(name, export_quantization_sym=is_symmetric).to_dict()
+        both[is_symmetric] = report["quantization"]["mean_relative_error"]
+        config = json.loads((case.folder / "outputs" / name / "config.json").read_text())
+        section = config["quantization_config"]
+        assert section["checkpoint_format"] == ("gptq" if is_symmetric else "gptq_v2")
+        assert section["sym"] is is_symmetric
+    tensors = case.tensors("symmetric-False")
+    module = "model.layers.0.self_attn.q_proj"
+    stored = {end: tensors[f"{module}.{end}"] for end in ("qweight", "qzeros", "scales", "g_idx")}
+    codes = unpack_gptq(stored, bits=4, group_size=32, checkpoint_format="gptq_v2")
+    assert len(codes.zeros.unique()) > 1
+    # the grid of each group reaches from its least to its greatest value
+    assert both[False] < both[True]
+
+
+def test_a_plan_says_what_is_written_in_the_end(case: Case) -> None:
+    plan = streammerge.build_plan(case.config())
+    (note,) = [note for note in plan.notes if "quantized as they are merged" in note]
+    case.export()
+    size = sum(path.stat().st_size for path in (case.folder / "outputs" / "out").glob("*.saf*"))
+    assert f"gptq, 4 bit, groups of 32), so that about {size / 1e9:.2f} GB" in note
 
 
 @pytest.mark.parametrize("text", ["", '{"text": ""}\n', '{"other": 3}\n'])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import xml.etree.ElementTree as ET
 from typing import TYPE_CHECKING, Any
 
 import peft
@@ -176,6 +177,31 @@ def test_command_line_prints_the_report(tmp_path: Path) -> None:
     outcome = CliRunner().invoke(app, [*arguments, "--max-memory", "450MB"])
     assert outcome.exit_code == 4
     assert "max_memory is too small" in outcome.stderr
+
+
+def test_command_line_compares_and_draws(tmp_path: Path) -> None:
+    base, output, adapter = tmp_path / "base", tmp_path / "gptq", tmp_path / "adapter"
+    model = _save(base)
+    path, ids = _text(tmp_path, 48)
+    merged = _adapter(base, adapter)
+    _quantize(base, model, output, "gptq")
+    plot = tmp_path / "plot.svg"
+    arguments = ["eval", str(base), str(output), "--adapter", str(adapter), "--text", str(path)]
+    arguments += ["--length", "16"]
+    outcome = CliRunner().invoke(app, [*arguments, "--json", "--plot", str(plot)])
+    assert outcome.exit_code == 0, outcome.output
+    first, second = json.loads(outcome.stdout)
+    assert first["loss"] == pytest.approx(_loss(merged, ids.view(3, 16)), rel=1e-5)
+    assert second["loss"] == pytest.approx(_loss(model, ids.view(3, 16)), rel=1e-5)
+    assert second["quantization"] == "gptq 4 bit"
+    assert ET.parse(plot).getroot().tag.endswith("svg")
+    outcome = CliRunner().invoke(app, arguments)
+    ratio = second["perplexity"] / first["perplexity"]
+    assert "base + adapter" in outcome.stdout
+    assert f"{ratio:.4f}" in outcome.stdout
+    outcome = CliRunner().invoke(app, [*arguments, "--plot", str(tmp_path / "no" / "plot.svg")])
+    assert outcome.exit_code == 2
+    assert "plot cannot be written" in outcome.stderr
 
 
 def _quantize(base: Path, model: Any, output: Path, checkpoint_format: str) -> None:
