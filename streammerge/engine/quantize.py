@@ -48,6 +48,11 @@ __all__ = [
 ]
 
 
+# of the export that is left, little but copies: with 8 MiB it set the peak of models of many small
+# layers (64 of hidden 1024: 703 MB, against 653 MB for 4 layers)
+LAST_BLOCK_BYTES = 1 << 20
+
+
 @dataclass(slots=True)
 class QuantizedPlan:
     """What the layers have become, and the export that is left."""
@@ -411,8 +416,9 @@ def _final_plan(
         config_edits={**plan.contents.config_edits, "quantization_config": section},
     )
     shards = lay_out(contents.tensors, max_shard_bytes=config.max_shard_bytes, layout=plan.layout)
-    memory = plan_memory(contents.tensors, max_memory=config.max_memory, shape=plan.shape)
-    return replace(plan, contents=contents, shards=shards, memory=memory)
+    shape = replace(plan.shape, block_bytes=LAST_BLOCK_BYTES)
+    memory = plan_memory(contents.tensors, max_memory=config.max_memory, shape=shape)
+    return replace(plan, contents=contents, shards=shards, shape=shape, memory=memory)
 
 
 def _kept_linears(skeleton: Skeleton, quantized: set[str]) -> list[str]:

@@ -24,6 +24,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from streammerge.checkpoint.header import TensorSpec
+from streammerge.codecs.awq import ORDER, unpack_awq_words
+from streammerge.codecs.gptq import BITS
+from streammerge.codecs.tensors import WORD_BITS, pack_words, unpack_words
 from streammerge.dtypes import Dtype
 from streammerge.errors import QuantizationError
 from streammerge.quantize.linear import QuantizedLinear
@@ -34,11 +37,6 @@ if TYPE_CHECKING:
     from streammerge.quantize.settings import CheckpointFormat, QuantizeSettings
 
 __all__ = ["PackedLayout", "pack_awq", "pack_gptq", "unpack_awq", "unpack_gptq"]
-
-WORD_BITS = 32
-BITS = (2, 3, 4, 8)
-# which of eight neighbouring outputs each place of a word has, lowest bits first
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +166,8 @@ def pack_gptq(
             )
         zeros = zeros - 1
     return {
-        "qweight": _pack(quantized.codes, quantized.bits).T.contiguous(),
-        "qzeros": _pack(zeros.to(torch.uint8), quantized.bits),
+        "qweight": pack_words(quantized.codes, quantized.bits).T.contiguous(),
+        "qzeros": pack_words(zeros.to(torch.uint8), quantized.bits),
         "scales": quantized.scales.T.to(torch.float16).contiguous(),
         "g_idx": quantized.g_idx.to(torch.int32).contiguous(),
     }
@@ -185,11 +183,11 @@ def unpack_gptq(
     """Return the linear that stored tensors hold; the inverse of `pack_gptq`."""
     g_idx, scales = tensors["g_idx"], tensors["scales"]
     features, rows = len(g_idx), scales.shape[1]
-    zeros = _unpack(tensors["qzeros"], bits, rows).to(torch.int32)
+    zeros = unpack_words(tensors["qzeros"], bits, rows).to(torch.int32)
     if checkpoint_format == "gptq":
         zeros += 1
     return QuantizedLinear(
-        codes=_unpack(tensors["qweight"].T.contiguous(), bits, features),
+        codes=unpack_words(tensors["qweight"].T.contiguous(), bits, features),
         scales=scales.T.to(torch.float32).contiguous(),
         zeros=zeros.T.contiguous(),
         g_idx=g_idx.clone(),
@@ -223,9 +221,9 @@ def unpack_awq(tensors: Mapping[str, torch.Tensor], *, group_size: int) -> Quant
     features = len(tensors["qweight"])
     group_size = features if group_size == -1 else group_size
     return QuantizedLinear(
-        codes=_unpack_awq(tensors["qweight"]),
+        codes=unpack_awq_words(tensors["qweight"]).T.contiguous(),
         scales=scales.T.to(torch.float32).contiguous(),
-        zeros=_unpack_awq(tensors["qzeros"]).to(torch.int32),
+        zeros=unpack_awq_words(tensors["qzeros"]).T.to(torch.int32).contiguous(),
         g_idx=(torch.arange(features) // group_size).to(torch.int32),
         bits=4,
         group_size=group_size,
@@ -253,53 +251,6 @@ def _check_values(quantized: QuantizedLinear) -> None:
         raise QuantizationError("scales are rounded on storing; codes were chosen for others")
 
 
-def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack (M, L) uint8 along L into (M, words) int32; codes that fill up the last word are 0."""
-    lines, length = codes.shape
-    words = _words(length, bits)
-    full = torch.zeros(lines, length + -length % 32, dtype=torch.uint8)
-    full[:, :length] = codes
-    # eight codes, a byte each, are one int64, whose bits move together at the speed of memory
-    wide = full.view(torch.int64)
-    if bits < 8:
-        for span in (8, 16, 32):
-            used = span // 8 * bits
-            wide.bitwise_or_(wide >> (span - used)).bitwise_and_(_mask(2 * used, 2 * span))
-    packed = wide.unsqueeze(-1).view(torch.uint8)[..., :bits]
-    return packed.flatten(1).view(torch.int32)[:, :words].contiguous()
-
-
-def _unpack(words: torch.Tensor, bits: int, length: int) -> torch.Tensor:
-    """Return the (M, length) uint8 codes of (M, words) int32."""
-    missing = -words.shape[1] % bits
-    packed = torch.nn.functional.pad(words, (0, missing)).contiguous().view(torch.uint8)
-    parts = packed.view(len(words), -1, bits)
-    full = torch.zeros(*parts.shape[:2], 8, dtype=torch.uint8)
-    full[..., :bits] = parts
-    wide = full.view(torch.int64).squeeze(-1)
-    if bits < 8:
-        for span in (32, 16, 8):
-            used = span // 8 * bits
-            wide.bitwise_or_(wide << (span - used)).bitwise_and_(_mask(used, span))
-    return wide.view(torch.uint8)[:, :length].contiguous()
-
-
-def _mask(used: int, span: int) -> int:
-    """Return 64 bits of which the lowest `used` of every `span` are set."""
-    return sum((1 << used) - 1 << place for place in range(0, 64, span))
-
-
 def _pack_awq(codes: torch.Tensor) -> torch.Tensor:
     """Pack (N, M) codes of 4 bits along N into (M, N / 8) int32."""
-    return _pack(_reorder(codes, AWQ_ORDER).T, 4)
-
-
-def _unpack_awq(words: torch.Tensor) -> torch.Tensor:
-    """Return the (N, M) uint8 codes of (M, N / 8) int32."""
-    places = tuple(AWQ_ORDER.index(output) for output in range(8))
-    return _reorder(_unpack(words, 4, 8 * words.shape[1]).T.contiguous(), places)
-
-
-def _reorder(codes: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
-    """Reorder each eight neighbours of the first axis."""
-    return codes.view(-1, 8, codes.shape[1])[:, list(order)].flatten(0, 1)
+    return pack_words(codes.view(-1, 8, codes.shape[1])[:, list(ORDER)].flatten(0, 1).T, 4)
