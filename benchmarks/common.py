@@ -96,10 +96,13 @@ SHAPES = {
     shape.name: shape
     for shape in (
         ModelShape("tiny", 64, 128, 32, 256, layers=2, heads=4),
+        ModelShape("50M", 1024, 2816, 1024, 4096, layers=4, heads=16),
         # Llama-3.2-1B
         ModelShape("1B", 2048, 8192, 512, 128256, layers=16, heads=32, is_tied=True),
         # 1.97 GB in 16 bits
         ModelShape("2GB", 2048, 8192, 512, 32000, layers=14, heads=32),
+        # Llama-2-7B
+        ModelShape("7B", 4096, 11008, 4096, 32000, layers=32, heads=32),
         # Llama-3-8B
         ModelShape("8B", 4096, 14336, 1024, 128256, layers=32, heads=32),
         # Qwen2.5-32B

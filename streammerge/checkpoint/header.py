@@ -70,6 +70,11 @@ class StoredTensor:
         return self.path
 
     @property
+    def stored_bytes(self) -> int:
+        """Bytes that are read for it."""
+        return self.nbytes
+
+    @property
     def paths(self) -> tuple[Path, ...]:
         """The files that its bytes depend on."""
         return (self.path,)

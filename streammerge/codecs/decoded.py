@@ -55,6 +55,11 @@ class DecodedTensor(StoredTensor):
         return DecodedFile(self.weight)
 
     @property
+    def stored_bytes(self) -> int:
+        """Bytes of the codes and what belongs to them."""
+        return sum(part.tensor.nbytes for part in self.weight.parts)
+
+    @property
     def paths(self) -> tuple[Path, ...]:
         """The files that its bytes depend on."""
         found = [part.tensor for part in self.weight.parts]

@@ -15,6 +15,7 @@ from streammerge.adapters.terms import LoraTerm, not_a_sum
 from streammerge.adapters.tuners.base import Shared
 from streammerge.adapters.tuners.lora_settings import LoraSettings
 from streammerge.adapters.tuners.trainable_tokens import RowsTerm
+from streammerge.codecs.decoded import DecodedTensor
 from streammerge.errors import PlanError
 from streammerge.plan.checks import check_quantized, check_weights
 from streammerge.plan.config_edits import edit_config
@@ -117,7 +118,10 @@ class _Builder:
         self._options = options
         self._base = base
         self._same_bytes = same_bytes
-        self._slots = {name: Slot(t, t.dtype) for name, t in base.tensors.items()}
+        self._slots = {
+            name: Slot(t, t.dtype, "decoded" if isinstance(t, DecodedTensor) else "copied")
+            for name, t in base.tensors.items()
+        }
         self._edits: dict[str, Any] = {}
         self._combined: dict[str, list[tuple[LoraTerm, float]]] = {}
         self._renames = renames
@@ -318,7 +322,7 @@ class _Builder:
             )
         if decision.splits:
             own = self._slots[source].copy()
-            own.change = "added" if own.change == "copied" else own.change
+            own.change = "added" if own.change in {"copied", "decoded"} else own.change
             self._slots[head] = own
             if source in self._combined:
                 self._combined[head] = list(self._combined[source])

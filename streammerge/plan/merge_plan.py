@@ -59,7 +59,7 @@ class MergePlan:
         shared = dict.fromkeys(factor.tensor for factor in factors if factor.is_part)
         whole = [f for t in self.tensors for f in unique_factors(t.terms) if f not in shared]
         read = [*shared, *whole, *(tensor.source for tensor in self.tensors)]
-        return sum(tensor.nbytes for tensor in read)
+        return sum(tensor.stored_bytes for tensor in read)
 
     @property
     def bytes_written(self) -> int:

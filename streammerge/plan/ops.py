@@ -19,7 +19,7 @@ __all__ = ["ApplyTerms", "BiasTerm", "Change", "CopyBytes", "LoraTerm", "Numeric
            "TensorPlan", "Term", "TunerTerm", "rank_of", "unique_factors"]  # fmt: skip
 
 Numerics = Literal["peft", "fp32"]
-Change = Literal["copied", "cast", "merged", "replaced", "added", "quantized"]
+Change = Literal["copied", "decoded", "cast", "merged", "replaced", "added", "quantized"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,7 +96,7 @@ class Slot:
             dtype = output_dtype
         if not self.terms and self.source.dtype is self.work_dtype is dtype:
             return TensorPlan(name, dtype, self.source, CopyBytes(), self.change)
-        change: Change = "cast" if self.change == "copied" else self.change
+        change: Change = "cast" if self.change in {"copied", "decoded"} else self.change
         op = ApplyTerms(self.work_dtype, tuple(self.terms))
         return TensorPlan(name, dtype, self.source, op, change)
 

@@ -215,6 +215,9 @@ def test_a_merge_onto_any_format_has_the_bits_of_peft(tmp_path: Path, form: str)
     report = case.merge()
     case.check()
     assert any("base is quantized" in note for note in report.notes)
+    assert report.tensors_changed == len(case.coded)
+    # codes are smaller than what they stand for
+    assert report.bytes_read < report.bytes_written
 
 
 @pytest.mark.parametrize("form", CODES)
