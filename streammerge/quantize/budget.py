@@ -8,6 +8,7 @@ import torch
 
 from streammerge.errors import MemoryBudgetError
 from streammerge.quantize.experts import CHUNK_TOKENS
+from streammerge.quantize.gptq import CHUNK_ROWS
 from streammerge.quantize.source import PIECE_BYTES
 
 if TYPE_CHECKING:
@@ -94,7 +95,8 @@ def _group_bytes(settings: QuantizeSettings, rows: int, features: int) -> int:
     """Return what it takes to quantize one linear, its weight apart."""
     square, matrix = 4 * features * features, rows * features
     if settings.method == "gptq":
-        # the matrix of inputs and its factor; the weight by input, its permuted copy, its codes
-        return 2 * square + 9 * matrix
+        # the matrix of inputs, its factor, and rows on their way from one to the other; the weight
+        # by input, its permuted copy, its codes
+        return 2 * square + 8 * CHUNK_ROWS * features + 9 * matrix
     # rounding in chunks; the matrix of inputs is needed for the error
     return square + 3 * matrix

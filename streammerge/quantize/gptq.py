@@ -174,7 +174,8 @@ def _inverse_factor(
     """Return U of the damped matrix, in the order of work."""
     mean = float(hessian.diagonal().mean())
     share = damp
-    matrix = torch.empty_like(hessian)
+    # by columns, as LAPACK has it: otherwise torch copies the largest thing in memory
+    matrix = torch.empty_like(hessian).mT
     failed = torch.empty((), dtype=torch.int32)
     while True:
         for begin in range(0, len(order), CHUNK_ROWS):
@@ -182,7 +183,7 @@ def _inverse_factor(
             matrix[rows] = hessian[order[rows]][:, order]
         matrix.diagonal().add_(share * mean)
         matrix.diagonal()[is_dead[order]] = 1.0
-        # each step in the place of the one before: the matrix may be the largest thing in memory
+        # each step in the place of the one before
         torch.linalg.cholesky_ex(matrix, out=(matrix, failed))
         if not int(failed):
             torch.cholesky_inverse(matrix, out=matrix)
