@@ -231,7 +231,7 @@ def test_calibrated_codes_are_merged_onto_when_asked(tmp_path: Path, form: str) 
 
 
 @pytest.mark.parametrize("settings", [
-    {"threads": 1, "max_memory": "1GB"}, {"threads": 3, "io": "direct"}, {"io": "mmap"},
+    {"threads": 1, "max_memory": "2GB"}, {"threads": 3, "io": "direct"}, {"io": "mmap"},
     {"export_size": "1MB"},
 ])  # fmt: skip
 def test_the_bits_do_not_depend_on_how_it_is_done(tmp_path: Path, settings: Any) -> None:

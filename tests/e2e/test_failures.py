@@ -173,7 +173,9 @@ def test_a_signal_ends_the_run_and_a_rerun_goes_on(
     # a writer that waits after its first shard, so that the signal comes in the middle
     program = tmp_path / "slow.py"
     program.write_text(
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        # in the background of a shell it would be ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import streammerge.engine.export as export\n"
         "real = export._Run.on_shard\n"
         "def slow(self, shard, nbytes, digest):\n"
