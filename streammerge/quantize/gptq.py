@@ -25,7 +25,7 @@ from streammerge.quantize.linear import Grid, QuantizedLinear, find_grid
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["GptqOptions", "Hessian", "quantize_gptq", "relative_error"]
+__all__ = ["Factored", "GptqOptions", "Hessian", "quantize_gptq", "relative_error"]
 
 # inputs that are quantized before the rest is brought up to date by one product
 BLOCK = 128
@@ -77,37 +77,58 @@ class Hessian:
             self.tokens = total
 
 
+class Factored:
+    """The matrix of inputs as the solver takes it; linears that share their inputs share it."""
+
+    def __init__(
+        self, hessian: torch.Tensor, options: GptqOptions, *, name: str = "weight"
+    ) -> None:
+        """Order the inputs, and factor the matrix.
+
+        Args:
+            hessian: (K, K) float32; is not changed.
+            options: How.
+            name: Of the first of the layers, for messages.
+
+        Raises:
+            QuantizationError: The matrix holds NaN or Inf, or is not positive definite even with
+                the greatest damping.
+        """
+        diagonal = hessian.diagonal()
+        if not bool(torch.isfinite(diagonal).all()):
+            raise QuantizationError(
+                f"calibration gave inputs of '{name}' that are NaN or Inf",
+                hint="the model overflows before this layer: is the base broken?",
+            )
+        self.hessian = hessian
+        self.is_dead = diagonal == 0
+        self.order = torch.arange(len(hessian))
+        if options.act_order or options.desc_act:
+            self.order = torch.argsort(diagonal, descending=True, stable=True)
+        self.upper = _inverse_factor(hessian, self.order, self.is_dead, options.damp, name=name)
+
+
 def quantize_gptq(
-    weight: torch.Tensor, hessian: torch.Tensor, options: GptqOptions, *, name: str = "weight"
+    weight: torch.Tensor, factored: Factored, options: GptqOptions, *, name: str = "weight"
 ) -> QuantizedLinear:
     """Quantize a weight.
 
     Args:
         weight: (N, K), any float dtype; is not changed.
-        hessian: (K, K) float32; is not changed.
-        options: How.
+        factored: The matrix of its inputs.
+        options: How; as the matrix was factored.
         name: Of the layer, for messages.
 
     Raises:
-        QuantizationError: The matrix is not positive definite even with the greatest damping, or
-            it or the weight holds NaN or Inf.
+        QuantizationError: The weight holds NaN or Inf.
     """
     rows, features = weight.shape
     group_size = features if options.group_size == -1 else options.group_size
-    if not bool(torch.isfinite(hessian.diagonal()).all()):
-        raise QuantizationError(
-            f"calibration gave inputs of '{name}' that are NaN or Inf",
-            hint="the model overflows before this layer: is the base broken?",
-        )
     # by input, so that the values of one input are neighbours in memory
     work = weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    diagonal = hessian.diagonal()
-    is_dead = diagonal == 0
-    work[is_dead] = 0.0
+    work[factored.is_dead] = 0.0
     groups = torch.arange(features) // group_size
-    order = torch.arange(features)
-    if options.act_order or options.desc_act:
-        order = torch.argsort(diagonal, descending=True, stable=True)
+    order = factored.order
     if options.desc_act:
         # groups of neighbours in the order of work
         groups = torch.empty_like(groups).scatter_(0, order, groups)
@@ -118,7 +139,6 @@ def quantize_gptq(
             hint="is the base broken? it cannot be quantized as it is",
         )
     work = work[order]
-    upper = _inverse_factor(hessian, order, is_dead, options.damp, name=name)
     codes = torch.empty(features, rows, dtype=torch.uint8)
     of_order = groups[order]
 
@@ -126,9 +146,9 @@ def quantize_gptq(
         group = of_order[k]
         return scales[group], zeros[group]
 
-    for part, done in _solve(work, upper, grid_of, options.grid):
+    for part, done in _solve(work, factored.upper, grid_of, options.grid):
         codes[order[part]] = done
-    del work, upper
+    del work
     result = QuantizedLinear(
         codes=codes.T.contiguous(),
         scales=scales.T.contiguous(),
@@ -138,7 +158,7 @@ def quantize_gptq(
         group_size=group_size,
     )
     del codes
-    result.relative_error = relative_error(weight, result, hessian)
+    result.relative_error = relative_error(weight, result, factored.hessian)
     return result
 
 

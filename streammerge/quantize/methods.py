@@ -9,7 +9,13 @@ import torch
 
 from streammerge.backends.torch_factors import torch_dtype
 from streammerge.quantize.awq import Moments, find_scales, quantize_awq
-from streammerge.quantize.gptq import GptqOptions, Hessian, quantize_gptq, relative_error
+from streammerge.quantize.gptq import (
+    Factored,
+    GptqOptions,
+    Hessian,
+    quantize_gptq,
+    relative_error,
+)
 from streammerge.quantize.pack import pack_awq, pack_gptq, unpack_awq
 from streammerge.quantize.rtn import quantize_rtn
 from streammerge.quantize.scaling import find_previous, takes_scales
@@ -77,19 +83,27 @@ class PlainMethod(LayerMethod):
     def quantize(self, group: list[str]) -> None:
         """Quantize the linears of a group."""
         weights = self.weights(group)
-        hessian = Hessian(next(iter(weights.values())).shape[1])
+        accumulated = Hessian(next(iter(weights.values())).shape[1])
         for inputs in self.runner.inputs(group[0]):
-            hessian.add(inputs)
+            accumulated.add(inputs)
+        codes_of = self._codes_of(accumulated.matrix, name=self.name_of(group[0]))
         for path, weight in weights.items():
-            quantized = self._codes(weight, hessian.matrix, name=self.name_of(path))
+            quantized = codes_of(weight, self.name_of(path))
             self.errors[self.name_of(path)] = quantized.relative_error
             self.keep(path, quantized, pack_gptq(quantized, self.settings.checkpoint_format))
 
-    def _codes(self, weight: torch.Tensor, hessian: torch.Tensor, *, name: str) -> QuantizedLinear:
+    def _codes_of(
+        self, hessian: torch.Tensor, *, name: str
+    ) -> Callable[[torch.Tensor, str], QuantizedLinear]:
+        """Return what gives codes to a weight, by its name, that has these inputs."""
         settings = self.settings
+
+        def rounded(weight: torch.Tensor, name: str) -> QuantizedLinear:
+            found = quantize_rtn(weight, settings.grid, settings.group_size, name=name)
+            found.relative_error = relative_error(weight, found, hessian)
+            return found
+
         if settings.method == "rtn":
-            rounded = quantize_rtn(weight, settings.grid, settings.group_size, name=name)
-            rounded.relative_error = relative_error(weight, rounded, hessian)
             return rounded
         options = GptqOptions(
             settings.grid,
@@ -98,7 +112,8 @@ class PlainMethod(LayerMethod):
             act_order=settings.act_order,
             desc_act=settings.desc_act,
         )
-        return quantize_gptq(weight, hessian, options, name=name)
+        factored = Factored(hessian, options, name=name)
+        return lambda weight, name: quantize_gptq(weight, factored, options, name=name)
 
 
 class AwqMethod(LayerMethod):

@@ -26,7 +26,7 @@ from streammerge.errors import (
 )
 from streammerge.quantize import evaluate as module
 from streammerge.quantize.evaluate import Evaluator
-from streammerge.quantize.gptq import GptqOptions, quantize_gptq
+from streammerge.quantize.gptq import Factored, GptqOptions, quantize_gptq
 from streammerge.quantize.linear import Grid
 from streammerge.quantize.pack import pack_gptq, unpack_gptq
 from streammerge.quantize.skeleton import build_skeleton
@@ -212,7 +212,8 @@ def _quantize(base: Path, model: Any, output: Path, checkpoint_format: str) -> N
         if not isinstance(linear, torch.nn.Linear):
             continue
         inputs = torch.randn(64, linear.in_features)
-        quantized = quantize_gptq(linear.weight.data, inputs.T @ inputs, options, name=path)
+        factored = Factored(inputs.T @ inputs, options)
+        quantized = quantize_gptq(linear.weight.data, factored, options, name=path)
         packed = pack_gptq(quantized, checkpoint_format)  # type: ignore[arg-type]
         del tensors[f"model.layers.{path}.weight"]
         tensors.update({f"model.layers.{path}.{end}": value for end, value in packed.items()})

@@ -8,11 +8,23 @@ import pytest
 import torch
 
 from streammerge.errors import QuantizationError
-from streammerge.quantize.gptq import GptqOptions, Hessian, quantize_gptq, relative_error
+from streammerge.quantize.gptq import (
+    Factored,
+    GptqOptions,
+    Hessian,
+    quantize_gptq,
+    relative_error,
+)
 from streammerge.quantize.linear import Grid, QuantizedLinear, find_grid
 from streammerge.quantize.rtn import quantize_rtn
 
 BASE = GptqOptions(Grid(4), 16, damp=0.05)
+
+
+def solve(
+    weight: torch.Tensor, hessian: torch.Tensor, options: GptqOptions, name: str = "weight"
+) -> QuantizedLinear:
+    return quantize_gptq(weight, Factored(hessian, options, name=name), options, name=name)
 
 
 def inputs(features: int, tokens: int = 600, seed: int = 0) -> torch.Tensor:
@@ -79,7 +91,7 @@ def naive(weight: torch.Tensor, hessian: torch.Tensor, options: GptqOptions) -> 
 def test_codes_are_those_of_the_definition(options: GptqOptions, features: int) -> None:
     weight, hessian = weight_of(23, features), hessian_of(inputs(features))
     hessian[5] = hessian[:, 5] = 0
-    got = quantize_gptq(weight, hessian, options)
+    got = solve(weight, hessian, options)
     expected = naive(weight, hessian, options)
     # float32 decides some ties otherwise, and what follows from them
     assert (got.codes != expected).float().mean() < 0.02
@@ -95,7 +107,7 @@ def test_codes_are_those_of_the_definition(options: GptqOptions, features: int) 
 def test_error_is_that_of_the_outputs_and_less_than_by_rounding() -> None:
     values, weight = inputs(96), weight_of(40, 96)
     hessian = hessian_of(values)
-    got = quantize_gptq(weight, hessian, BASE)
+    got = solve(weight, hessian, BASE)
     lost = values @ (weight - got.dequantize()).T
     expected = float(lost.square().sum() / (values @ weight.T).square().sum())
     assert got.relative_error == pytest.approx(expected, rel=1e-3)
@@ -106,11 +118,11 @@ def test_error_is_that_of_the_outputs_and_less_than_by_rounding() -> None:
 def test_order_and_groups() -> None:
     weight, hessian = weight_of(8, 64), hessian_of(inputs(64))
     in_order = torch.arange(64, dtype=torch.int32) // 16
-    assert torch.equal(quantize_gptq(weight, hessian, BASE).g_idx, in_order)
-    groups = quantize_gptq(weight, hessian, replace(BASE, desc_act=True)).g_idx
+    assert torch.equal(solve(weight, hessian, BASE).g_idx, in_order)
+    groups = solve(weight, hessian, replace(BASE, desc_act=True)).g_idx
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     assert torch.equal(groups[order], in_order)
-    whole = quantize_gptq(weight, hessian, replace(BASE, group_size=-1))
+    whole = solve(weight, hessian, replace(BASE, group_size=-1))
     assert whole.group_size == 64
     assert whole.scales.shape == (8, 1)
 
@@ -119,15 +131,15 @@ def test_nothing_given_is_changed() -> None:
     weight, hessian = weight_of(8, 64), hessian_of(inputs(64))
     hessian[3] = hessian[:, 3] = 0
     before = weight.clone(), hessian.clone()
-    quantize_gptq(weight, hessian, BASE)
-    quantize_gptq(weight.T.contiguous().T, hessian, BASE)
+    solve(weight, hessian, BASE)
+    solve(weight.T.contiguous().T, hessian, BASE)
     assert torch.equal(weight, before[0])
     assert torch.equal(hessian, before[1])
 
 
 def test_a_matrix_of_few_tokens_gets_more_damping() -> None:
     weight, hessian = weight_of(8, 64), hessian_of(inputs(64, tokens=3))
-    got = quantize_gptq(weight, hessian, replace(BASE, damp=1e-12))
+    got = solve(weight, hessian, replace(BASE, damp=1e-12))
     assert got.relative_error < 1
 
 
@@ -135,7 +147,7 @@ def test_a_matrix_that_no_damping_mends_is_refused() -> None:
     hessian = torch.eye(16)
     hessian[0, 1] = hessian[1, 0] = 100.0
     with pytest.raises(QuantizationError, match="inputs of 'proj' cannot be decorrelated"):
-        quantize_gptq(weight_of(4, 16), hessian, BASE, name="proj")
+        solve(weight_of(4, 16), hessian, BASE, name="proj")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -143,10 +155,10 @@ def test_broken_inputs_and_weights_are_refused(value: float) -> None:
     values, weight = inputs(32), weight_of(4, 32)
     values[7, 3] = value
     with pytest.raises(QuantizationError, match="inputs of 'proj' that are NaN or Inf"):
-        quantize_gptq(weight, hessian_of(values), BASE, name="proj")
+        solve(weight, hessian_of(values), BASE, name="proj")
     weight[1, 2] = value
     with pytest.raises(QuantizationError, match="'proj' holds NaN, Inf"):
-        quantize_gptq(weight, hessian_of(inputs(32)), BASE, name="proj")
+        solve(weight, hessian_of(inputs(32)), BASE, name="proj")
 
 
 def test_accumulation_is_the_mean_over_all_tokens() -> None:
@@ -157,3 +169,19 @@ def test_accumulation_is_the_mean_over_all_tokens() -> None:
     expected = 2 / 5000 * values.double().T @ values.double()
     torch.testing.assert_close(parts.matrix.double(), expected, rtol=1e-4, atol=1e-4)
     assert parts.tokens == 5000
+
+
+@pytest.mark.parametrize("options", [BASE, replace(BASE, desc_act=True)], ids=["act", "desc"])
+def test_linears_that_share_a_factor_get_the_codes_that_each_gets_alone(
+    options: GptqOptions,
+) -> None:
+    hessian = hessian_of(inputs(64))
+    kept = hessian.clone()
+    factored = Factored(hessian, options)
+    for seed in (1, 2):
+        weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(seed))
+        together, alone = quantize_gptq(weight, factored, options), solve(weight, kept, options)
+        assert torch.equal(together.codes, alone.codes)
+        assert torch.equal(together.scales, alone.scales)
+        assert together.relative_error == alone.relative_error
+    assert torch.equal(hessian, kept)
