@@ -53,6 +53,10 @@ __all__ = [
 LAST_BLOCK_BYTES = 1 << 20
 
 
+# of the names of what a quantized weight has become
+_ENDS = (".qweight", ".qzeros", ".scales", ".g_idx")
+
+
 @dataclass(slots=True)
 class QuantizedPlan:
     """What the layers have become, and the export that is left."""
@@ -70,6 +74,7 @@ class QuantizedPlan:
         return {
             **asdict(self.settings),
             "calibration": asdict(self.calibration),
+            "bits_per_weight": self._bits_per_weight(),
             "mean_relative_error": sum(errors.values()) / max(len(errors), 1),
             "relative_errors": errors,
             "unscaled": [name for layer in self.layers for name in layer.unscaled],
@@ -80,6 +85,12 @@ class QuantizedPlan:
             },
             "layer_seconds": [layer.seconds for layer in self.layers],
         }
+
+    def _bits_per_weight(self) -> float:
+        """Return the bits that a quantized weight takes, with its share of scales and zeros."""
+        stored = [tensor for tensor in self.plan.tensors if tensor.name.endswith(_ENDS)]
+        words = sum(prod(t.shape) for t in stored if t.name.endswith(".qweight"))
+        return self.settings.bits * 8 * sum(t.nbytes for t in stored) / (32 * max(words, 1))
 
 
 def read_settings(config: ExportConfig) -> QuantizeSettings | None:

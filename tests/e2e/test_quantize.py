@@ -286,6 +286,8 @@ def test_codes_without_symmetry_are_stored_as_the_newer_format(case: Case) -> No
         name = f"symmetric-{is_symmetric}"
         report = case.export(name, export_quantization_sym=is_symmetric).to_dict()
         both[is_symmetric] = report["quantization"]["mean_relative_error"]
+        # codes; 16 bits of scale and 4 of zero for 32 weights; 32 bits of group for each input
+        assert 4 + 20 / 32 < report["quantization"]["bits_per_weight"] < 4 + 20 / 32 + 1
         config = json.loads((case.folder / "outputs" / name / "config.json").read_text())
         section = config["quantization_config"]
         assert section["checkpoint_format"] == ("gptq" if is_symmetric else "gptq_v2")
