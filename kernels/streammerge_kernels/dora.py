@@ -26,11 +26,9 @@ from streammerge_kernels.checks import (
     check_tensor,
     on_device_of,
     pack_factors,
-    rank_of,
-    widest_dtype,
 )
-from streammerge_kernels.merge import lora_merge_
-from streammerge_kernels.tile import TileConfig, choose_config, delta
+from streammerge_kernels.merge import config_for, lora_merge_
+from streammerge_kernels.tile import TileConfig, delta
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -206,7 +204,7 @@ def _measure(
         raise ValueError(msg)
     n, k = weight.shape
     check_tensor("weight", weight, (n, k), dtypes=WIDE)
-    config = config or _config_for(terms)
+    config = config or config_for(terms, half=HALF_CONFIGS, fp32=FP32_CONFIGS)
     factors = pack_factors(terms, (n, k), config.block_r, weight.device)
     splits = max(1, -(-k // COLUMNS_PER_SPLIT))
     partial = torch.empty((splits, n), dtype=torch.float32, device=weight.device)
@@ -225,12 +223,6 @@ def _measure(
             enable_fp_fusion=True,
         )
     return result
-
-
-def _config_for(terms: Sequence[Term]) -> TileConfig:
-    rank = rank_of(terms)
-    table = FP32_CONFIGS if widest_dtype(terms) == torch.float32 else HALF_CONFIGS
-    return choose_config(table, rank)
 
 
 def _sum_squares(

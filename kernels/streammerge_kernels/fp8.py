@@ -28,13 +28,11 @@ from streammerge_kernels.checks import (
     check_tensor,
     on_device_of,
     pack_factors,
-    rank_of,
-    widest_dtype,
 )
 from streammerge_kernels.e4m3 import E4M3_MAX, e4m3_to_fp32, fp32_to_e4m3
 from streammerge_kernels.merge import config_for
 from streammerge_kernels.reference import FP8_BLOCK
-from streammerge_kernels.tile import TileConfig, choose_config, delta, find_tile
+from streammerge_kernels.tile import TileConfig, delta, find_tile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -329,7 +327,10 @@ def fp8_lora_requantize(
     fp8 = (torch.float8_e4m3fn,)
     check_tensor("out", out, (n, k), dtypes=fp8, device=quantized.device)
     check_no_partial_overlap(out, quantized)
-    config = _block_config(terms) if granularity == "block" else config_for(terms)
+    if granularity == "block":
+        config = config_for(terms, half=HALF_BLOCK_CONFIGS, fp32=FP32_BLOCK_CONFIGS)
+    else:
+        config = config_for(terms)
     factors = pack_factors(terms, (n, k), config.block_r, quantized.device)
     call = _Call(quantized, scale, granularity, factors, input_precision, config)
     new_scale = torch.empty_like(scale) if granularity == "block" else _new_scale(call)
@@ -404,12 +405,6 @@ def _new_scale(call: _Call) -> torch.Tensor:
         scale = largest / torch.full_like(largest, E4M3_MAX.value)
         scale = torch.where(largest > 0, scale, 1.0)
     return scale.view(call.scale.shape)
-
-
-def _block_config(terms: Sequence[Term]) -> TileConfig:
-    rank = rank_of(terms)
-    is_wide = widest_dtype(terms) == torch.float32
-    return choose_config(FP32_BLOCK_CONFIGS if is_wide else HALF_BLOCK_CONFIGS, rank)
 
 
 def _check(quantized: torch.Tensor, scale: torch.Tensor) -> Granularity:

@@ -30,7 +30,7 @@ from streammerge_kernels.checks import (
 from streammerge_kernels.tile import TileConfig, choose_config, delta, find_tile
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from streammerge_kernels.reference import Term
 
@@ -52,15 +52,24 @@ FP32_CONFIGS = {
 }
 
 
-def config_for(terms: Sequence[Term]) -> TileConfig:
-    """Return the configuration that the tables have for terms of this rank and dtype.
+def config_for(
+    terms: Sequence[Term],
+    *,
+    half: Mapping[int, TileConfig] = HALF_CONFIGS,
+    fp32: Mapping[int, TileConfig] = FP32_CONFIGS,
+) -> TileConfig:
+    """Return the configuration that tables have for terms of this rank and dtype.
+
+    Args:
+        terms: The terms.
+        half: By rank, for factors of 16 bits.
+        fp32: By rank, where a factor is fp32.
 
     Raises:
         ValueError: There is no term, or one without a rank.
     """
     rank = rank_of(terms)
-    table = FP32_CONFIGS if widest_dtype(terms) == torch.float32 else HALF_CONFIGS
-    return choose_config(table, rank)
+    return choose_config(fp32 if widest_dtype(terms) == torch.float32 else half, rank)
 
 
 @triton.jit

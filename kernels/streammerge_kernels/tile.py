@@ -14,10 +14,13 @@ that no factor is rounded on the way.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import triton
 import triton.language as tl
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["LaunchOptions", "TileConfig", "choose_config", "delta", "find_tile"]
 
@@ -67,7 +70,7 @@ class TileConfig:
         return -(-n // self.block_n) * -(-k // self.block_k)
 
 
-def choose_config(table: dict[int, TileConfig], rank: int) -> TileConfig:
+def choose_config(table: Mapping[int, TileConfig], rank: int) -> TileConfig:
     """Return the entry of the least key that is `rank` or more, or else of the greatest key."""
     fitting = [limit for limit in table if rank <= limit]
     return table[min(fitting, default=max(table))]

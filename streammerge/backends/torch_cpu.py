@@ -38,8 +38,8 @@ from streammerge.backends.torch_factors import (
     WholeWeight,
     column_norms,
     load_term_factors,
-    torch_dtype,
 )
+from streammerge.codecs.tensors import torch_dtype
 from streammerge.config.tuning import ComputeTuning
 from streammerge.dtypes import Dtype
 from streammerge.plan.ops import ApplyTerms, BiasTerm, LoraTerm, TunerTerm, rank_of
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from streammerge.checkpoint.header import StoredTensor
     from streammerge.plan.ops import Numerics, TensorPlan
 
-__all__ = ["TorchCpuBackend", "torch_dtype"]
+__all__ = ["TorchCpuBackend"]
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from streammerge.dtypes import Dtype
+from streammerge.codecs.tensors import torch_dtype
 from streammerge.plan.ops import ApplyTerms, LoraTerm
 
 if TYPE_CHECKING:
@@ -20,20 +20,10 @@ if TYPE_CHECKING:
     from streammerge.checkpoint.header import StoredTensor
     from streammerge.plan.ops import TensorPlan
 
-__all__ = ["LoraFactors", "WholeWeight", "column_norms", "load_term_factors", "torch_dtype"]
+__all__ = ["LoraFactors", "WholeWeight", "column_norms", "load_term_factors"]
 
-_TORCH = {
-    Dtype.BOOL: torch.bool, Dtype.U8: torch.uint8, Dtype.I8: torch.int8, Dtype.I16: torch.int16,
-    Dtype.I32: torch.int32, Dtype.I64: torch.int64, Dtype.F16: torch.float16,
-    Dtype.BF16: torch.bfloat16, Dtype.F32: torch.float32, Dtype.F64: torch.float64,
-}  # fmt: skip
 # a piece of a weight, in the compute dtype, while all of it is looked at
 SCAN_BYTES = 4 << 20
-
-
-def torch_dtype(dtype: Dtype) -> torch.dtype:
-    """Return the torch dtype of a stored dtype that arithmetic can be done on."""
-    return _TORCH[dtype]
 
 
 @dataclass(slots=True)
@@ -69,8 +59,8 @@ def load_term_factors(
 
 def _stored(factor: StoredTensor, raw: bytearray) -> torch.Tensor:
     if not raw:
-        return torch.empty(factor.shape, dtype=_TORCH[factor.dtype])
-    return torch.frombuffer(raw, dtype=_TORCH[factor.dtype]).view(factor.shape)
+        return torch.empty(factor.shape, dtype=torch_dtype(factor.dtype))
+    return torch.frombuffer(raw, dtype=torch_dtype(factor.dtype)).view(factor.shape)
 
 
 def _view(factor: Factor, raw: bytearray, compute: torch.dtype) -> torch.Tensor:

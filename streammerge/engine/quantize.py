@@ -410,15 +410,16 @@ def _final_plan(
             else:
                 packed.setdefault(stored.name.rpartition(".")[0], []).append(planned)
     modules: dict[str, list[str]] = {}
+    quantized: set[str] = set()
     for module in skeleton.all_linears():
         modules.setdefault(module.target, []).append(module.name)
+        quantized.add(module.path)
     tensors = []
     for tensor in plan.tensors:
         if tensor.name in modules:
             tensors += [codes for name in modules[tensor.name] for codes in packed[name]]
         else:
             tensors.append(changed.get(tensor.name, tensor))
-    quantized = {module.path for module in skeleton.all_linears()}
     kept = _kept_linears(skeleton, quantized)
     section = quantization_section(settings, quantized=sorted(quantized), kept=kept)
     contents = replace(

@@ -105,14 +105,16 @@ class TensorPlan:
         Returns:
             None if something is done to the tensor as a whole.
         """
-        rows = prod(self.shape[1:-1])
         if not isinstance(self.op, CopyBytes):
             found = list(self.parts())
             return found[number] if len(found) == self.shape[0] else None
-        shape = (rows, self.columns)
+        return replace(self, name=f"{self.name}[{number}]", source=self._matrix(number))
+
+    def _matrix(self, number: int) -> StoredTensor:
+        """Return where one matrix of a tensor (E, ..., columns) is stored."""
+        shape = (prod(self.shape[1:-1]), self.columns)
         offset = self.source.offset + number * self.source.dtype.nbytes(prod(shape))
-        source = replace(self.source, shape=shape, offset=offset)
-        return replace(self, name=f"{self.name}[{number}]", source=source)
+        return replace(self.source, shape=shape, offset=offset)
 
     def _expert(self, number: int, terms: list[LoraTerm], rows: int) -> TensorPlan:
         """Return one matrix of a fused tensor, with the terms' regions counted from its first row.
@@ -120,12 +122,9 @@ class TensorPlan:
         A region that is all of it is none.
         """
         shape = (rows, self.columns)
-        dtype = self.source.dtype
         assert isinstance(self.op, ApplyTerms)
-        work_dtype = self.op.work_dtype
-        source = replace(
-            self.source, shape=shape, offset=self.source.offset + number * dtype.nbytes(prod(shape))
-        )
+        source, work_dtype = self._matrix(number), self.op.work_dtype
+        dtype = source.dtype
         name = f"{self.name}[{number}]"
         if not terms and dtype is work_dtype is self.dtype:
             return TensorPlan(name, dtype, source, CopyBytes(), "copied")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from streammerge.backends.torch_factors import torch_dtype
+from streammerge.codecs.tensors import torch_dtype
 from streammerge.quantize.awq import Moments, find_scales, quantize_awq
 from streammerge.quantize.gptq import (
     Factored,

@@ -9,8 +9,8 @@ import torch
 
 from streammerge.backends.base import Tile
 from streammerge.backends.select import select_backend
-from streammerge.backends.torch_factors import torch_dtype
 from streammerge.checkpoint.reader import ReaderPool
+from streammerge.codecs.tensors import torch_dtype
 from streammerge.errors import NonFiniteError
 from streammerge.plan.ops import CopyBytes, unique_factors
 from streammerge.plan.tiles import split_rows

@@ -16,9 +16,9 @@ from streammerge.backends.torch_factors import (
     LoraFactors,
     WholeWeight,
     load_term_factors,
-    torch_dtype,
 )
 from streammerge.checkpoint.header import StoredTensor
+from streammerge.codecs.tensors import torch_dtype
 from streammerge.dtypes import Dtype
 from streammerge.plan.ops import ApplyTerms, TensorPlan
 
