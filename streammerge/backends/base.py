@@ -1,4 +1,4 @@
-"""What the engine asks of a device: apply one target's terms to one tile of its rows."""
+"""What the engine asks of a device: apply the targets' terms to the tiles of one block."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from streammerge.checkpoint.header import StoredTensor
     from streammerge.plan.ops import TensorPlan
@@ -17,8 +17,10 @@ __all__ = ["Backend", "SourceReader", "TargetFactors", "Tile"]
 class SourceReader(Protocol):
     """Reads a range of a target's source."""
 
-    def __call__(self, offset: int, buffer: memoryview, /) -> None:
-        """Fill a buffer with the bytes from `offset` of the tensor."""
+    def __call__(
+        self, offset: int, buffer: memoryview, /, source: StoredTensor | None = None
+    ) -> None:
+        """Fill a buffer with the bytes from `offset` of the tensor, or of another one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +61,24 @@ class Backend(Protocol):
             read_source: Reads bytes of the target's source, for terms that look at all of it.
         """
 
-    def apply(self, tile: Tile, factors: TargetFactors) -> bool:
-        """Merge one tile in place; return whether all of its results are finite."""
+    def apply_block(self, tiles: Iterable[tuple[Tile, TargetFactors]]) -> Iterator[bool]:
+        """Merge the tiles of one block in place.
+
+        Args:
+            tiles: Those of one buffer, in the order of its bytes, each with its target's factors. A
+                backend that merges one at a time asks for a tile when the one before it is merged.
+
+        Yields:
+            For each tile, once it is merged, whether all of its results are finite.
+        """
+
+    def side(self, factors: TargetFactors, part: int) -> memoryview:
+        """Return one of the tensors that describe the codes of a weight.
+
+        Args:
+            factors: Of a target with an encoding, all of whose rows were applied.
+            part: Its number among the parts of the weight.
+        """
 
     def close(self) -> None:
         """Give back what was taken from the process; the backend is not used any more."""

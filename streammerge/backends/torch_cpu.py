@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from streammerge.backends.base import TargetFactors
+from streammerge.backends.encoding import WeightEncoder
 from streammerge.backends.torch_factors import (
     LoraFactors,
     WholeWeight,
@@ -46,7 +47,7 @@ from streammerge.plan.ops import ApplyTerms, BiasTerm, LoraTerm, TunerTerm, rank
 from streammerge.plan.tiles import MIN_TILE_ROWS, split_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from streammerge.backends.base import SourceReader, Tile
     from streammerge.checkpoint.header import StoredTensor
@@ -59,6 +60,8 @@ __all__ = ["TorchCpuBackend"]
 class _Factors(TargetFactors):
     states: list[Any]
     """What each term needs: `LoraFactors`, a list with a bias, or what a tuner prepared."""
+    encoder: WeightEncoder | None = None
+    """What makes codes of the rows."""
 
 
 class TorchCpuBackend:
@@ -91,6 +94,8 @@ class TorchCpuBackend:
         self._scratch_bytes = scratch_bytes
         self._local = threading.local()
         self._has_all_threads = threading.Lock()
+        self._scanning = threading.Lock()
+        self._scanned: dict[str, WeightEncoder] = {}
 
     def close(self) -> None:
         """Give torch the threads back that it had before."""
@@ -104,6 +109,17 @@ class TorchCpuBackend:
     ) -> _Factors:
         """Convert factors to the compute dtype, and look at the weight for those that need it."""
         self._work_alone()
+        factors = self._load_terms(target, raw, read_source)
+        if target.encoding is not None:
+            factors.encoder = self._encoder(target, factors, raw, read_source)
+        return factors
+
+    def _load_terms(
+        self,
+        target: TensorPlan,
+        raw: Mapping[StoredTensor, bytearray],
+        read_source: SourceReader | None,
+    ) -> _Factors:
         compute = self._compute_dtype(target)
         factors = _Factors([])
         for term in target.terms:
@@ -119,6 +135,47 @@ class TorchCpuBackend:
                 state.column_scale = state.magnitude / norms
             factors.states.append(state)
         return factors
+
+    def _encoder(
+        self,
+        target: TensorPlan,
+        factors: _Factors,
+        raw: Mapping[StoredTensor, bytearray],
+        read_source: SourceReader | None,
+    ) -> WeightEncoder:
+        """Return what encodes a weight, which has seen all of it if its format wants that.
+
+        Weights that share a scale are looked at together; the others' encoders wait for them.
+        """
+        assert target.encoding is not None
+        encoder = WeightEncoder(target.encoding)
+        if not encoder.needs_scan:
+            return encoder
+        with self._scanning:
+            if target.name not in self._scanned:
+                found = {target.name: encoder}
+                self._scan(target, factors, encoder, read_source)
+                for other in target.encoding.together:
+                    assert other.encoding is not None
+                    found[other.name] = encoder = WeightEncoder(other.encoding)
+                    terms = self._load_terms(other, raw, read_source)
+                    self._scan(other, terms, encoder, read_source)
+                if len(found) > 1:
+                    for one in found.values():
+                        one.join(list(found.values()))
+                self._scanned.update(found)
+            return self._scanned.pop(target.name)
+
+    def _scan(
+        self,
+        target: TensorPlan,
+        factors: _Factors,
+        encoder: WeightEncoder,
+        read_source: SourceReader | None,
+    ) -> None:
+        """Show all rows of a merged weight to its encoder."""
+        for at, values in self._weight(target, factors, read_source).tiles():
+            encoder.scan(at, values.to(torch_dtype(target.dtype)))
 
     def _work_alone(self) -> None:
         """Let this thread multiply alone: MKL's number of threads is each thread's own.
@@ -139,7 +196,7 @@ class TorchCpuBackend:
         states = _Factors(list(before.states))
         return WholeWeight(
             target,
-            read_source,
+            functools.partial(read_source, source=target.source),
             compute_dtype=compute,
             is_rounded=self._numerics == "peft",
             piece_bytes=self._product_bytes(target),
@@ -159,6 +216,11 @@ class TorchCpuBackend:
             finally:
                 torch.set_num_threads(1)
 
+    def apply_block(self, tiles: Iterable[tuple[Tile, TargetFactors]]) -> Iterator[bool]:
+        """Merge the tiles of one block, one after the other."""
+        for tile, factors in tiles:
+            yield self.apply(tile, factors)
+
     def apply(self, tile: Tile, factors: TargetFactors) -> bool:
         """Merge one tile in place; return whether all of its results are finite."""
         assert isinstance(factors, _Factors)
@@ -166,35 +228,69 @@ class TorchCpuBackend:
         target = tile.target
         assert isinstance(target.op, ApplyTerms)
         rows, columns = tile.end - tile.begin, target.columns
-        source = torch.frombuffer(
-            tile.buffer, dtype=torch_dtype(target.source.dtype), count=rows * columns,
-            offset=tile.source_offset,
-        ).view(rows, columns)  # fmt: skip
-        output = torch.frombuffer(
-            tile.buffer, dtype=torch_dtype(target.dtype), count=rows * columns,
-            offset=tile.output_offset,
-        ).view(rows, columns)  # fmt: skip
-        work_dtype, compute = torch_dtype(target.op.work_dtype), self._compute_dtype(target)
+        source = _rows_of(tile.buffer, target.source.dtype, (rows, columns), tile.source_offset)
+        steps = self._steps(target, rows, columns, self._compute_dtype(target))
+        if factors.encoder is not None:
+            return self._apply_encoding(tile, source, steps, factors)
+        output = _rows_of(tile.buffer, target.dtype, (rows, columns), tile.output_offset)
         is_finite = True
-        for begin, end in self._steps(target, rows, columns, compute):
-            work = source[begin:end]
-            if work.dtype != work_dtype:
-                work = self._take("work", work_dtype, work.shape).copy_(work)
-            result = output[begin:end]
-            if not target.terms:
-                self._store(work, result)
-                is_finite &= _is_finite(result)
-                continue
-            wide = self._add_terms(target, work, tile.begin + begin, factors, compute)
-            # asked before the result is stored, which may be where these values are
-            is_sure = _fits(wide, work.dtype, result.dtype)
-            if self._numerics == "peft" and work.dtype != wide.dtype:
-                work.copy_(wide)
-                self._store(work, result)
-            else:
-                self._store(wide, result)
-            is_finite &= is_sure or _is_finite(result)
+        for begin, end in steps:
+            rows_at = tile.begin + begin
+            is_finite &= self._merge(target, source[begin:end], output[begin:end], rows_at, factors)
         return is_finite
+
+    def _apply_encoding(
+        self,
+        tile: Tile,
+        source: torch.Tensor,
+        steps: list[tuple[int, int]],
+        factors: _Factors,
+    ) -> bool:
+        """Merge the rows of a tile, and put their codes where its output goes.
+
+        Codes take less room than what they are made of, so that none reaches rows still to come.
+        """
+        assert factors.encoder is not None
+        is_finite, at = True, tile.output_offset
+        for begin, end in steps:
+            rows = source[begin:end]
+            values = self._take("values", torch_dtype(tile.target.dtype), rows.shape)
+            is_finite &= self._merge(tile.target, rows, values, tile.begin + begin, factors)
+            at += factors.encoder.encode(tile.begin + begin, values, tile.buffer[at:])
+        return is_finite
+
+    def _merge(
+        self,
+        target: TensorPlan,
+        work: torch.Tensor,
+        result: torch.Tensor,
+        at: int,
+        factors: _Factors,
+    ) -> bool:
+        """Merge rows `at, ...` into `result`; return whether all of it is finite."""
+        assert isinstance(target.op, ApplyTerms)
+        work_dtype = torch_dtype(target.op.work_dtype)
+        if work.dtype != work_dtype:
+            work = self._take("work", work_dtype, work.shape).copy_(work)
+        if not target.terms:
+            self._store(work, result)
+            return _is_finite(result)
+        wide = self._add_terms(target, work, at, factors, self._compute_dtype(target))
+        # asked before the result is stored, which may be where these values are
+        is_sure = _fits(wide, work.dtype, result.dtype)
+        if self._numerics == "peft" and work.dtype != wide.dtype:
+            work.copy_(wide)
+            self._store(work, result)
+        else:
+            self._store(wide, result)
+        return is_sure or _is_finite(result)
+
+    def side(self, factors: TargetFactors, part: int) -> memoryview:
+        """Return what describes the codes of a weight, all of whose rows were applied."""
+        assert isinstance(factors, _Factors)
+        assert factors.encoder is not None
+        self._work_alone()
+        return factors.encoder.side(part)
 
     def _store(self, values: torch.Tensor, output: torch.Tensor) -> None:
         """Round values to the output, which they may overlap or be."""
@@ -342,6 +438,9 @@ class TorchCpuBackend:
         """Divide a tile so that a product fits the scratch and no step is too short."""
         fitting = self._product_bytes(target) // max(1, columns * compute.itemsize)
         step = max(MIN_TILE_ROWS, fitting - MIN_TILE_ROWS + 1)
+        if target.encoding is not None:
+            multiple = target.encoding.row_step
+            step = max(step - step % multiple, -(-MIN_TILE_ROWS // multiple) * multiple)
         return split_rows(0, rows, step)
 
     def _product_bytes(self, target: TensorPlan) -> int:
@@ -362,6 +461,14 @@ class TorchCpuBackend:
     def _compute_dtype(target: TensorPlan) -> torch.dtype:
         assert isinstance(target.op, ApplyTerms)
         return torch.float64 if target.op.work_dtype is Dtype.F64 else torch.float32
+
+
+def _rows_of(buffer: memoryview, dtype: Dtype, shape: tuple[int, int], offset: int) -> torch.Tensor:
+    """View a part of a buffer as rows."""
+    count = shape[0] * shape[1]
+    return torch.frombuffer(buffer, dtype=torch_dtype(dtype), count=count, offset=offset).view(
+        shape
+    )
 
 
 def _scale_rows(weight: torch.Tensor, delta: torch.Tensor, magnitude: torch.Tensor) -> None:

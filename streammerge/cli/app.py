@@ -112,6 +112,9 @@ def tune(
     ] = None,
     size: Annotated[str, typer.Option(help="Bytes read and written per measurement.")] = "1GB",
     quick: Annotated[bool, typer.Option("--quick", help="Measure less, and only once.")] = False,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="Measure the GPUs instead: their link and kernels.")
+    ] = False,
     as_json: _Json = False,
     debug: _Debug = False,
 ) -> None:
@@ -126,6 +129,9 @@ def tune(
         from streammerge.config.profile import load_profile, save_profile
         from streammerge.engine.tune import tune as run_tune
 
+        if gpu:
+            _tune_gpus(quick=quick, as_json=as_json)
+            return
         measured = run_tune(
             folders or [Path()],
             sample_bytes=_parse_size("--size", size),
@@ -139,6 +145,25 @@ def tune(
             show_profile(measured, path=path)
 
     _guard(run, as_json=as_json, debug=debug)
+
+
+def _tune_gpus(*, quick: bool, as_json: bool) -> None:
+    from streammerge.cli.render_gpus import show_gpus
+    from streammerge.config.profile import load_profile, save_profile
+    from streammerge.engine.tune_gpu import tune_gpus
+
+    older = load_profile()[0]
+    measured = tune_gpus(
+        threads=len(os.sched_getaffinity(0)),
+        compute=older.compute,
+        quick=quick,
+        progress=_print_progress,
+    )
+    path = save_profile(measured.over(older))
+    if as_json:
+        _print_json({"written_to": None if path is None else str(path), **measured.to_dict()})
+    else:
+        show_gpus(measured, path=path)
 
 
 @app.command(context_settings=_OVERRIDES)

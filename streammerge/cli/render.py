@@ -18,6 +18,7 @@ from rich.progress import (
 from rich.table import Table
 
 from streammerge.engine.export import Progress as ExportProgress
+from streammerge.plan.ops import kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -121,9 +122,8 @@ def show_report(report: ExportReport) -> None:
     ]
     if report.quantization:
         rows.append(("quantized", _quantization(report.quantization)))
-    edits = {k: v for k, v in report.config_edits.items() if k != "quantization_config"}
-    if edits:
-        rows.append(("config.json", ", ".join(f"{k}: {v}" for k, v in edits.items())))
+    rows += [("deltas", _deltas(report.deltas))] if report.deltas else []
+    rows += _edits(report.config_edits)
     if report.hub_url:
         rows.append(("pushed to", report.hub_url))
     _print_rows(rows)
@@ -133,7 +133,7 @@ def show_plan(plan: MergePlan) -> None:
     """Print what an export would do."""
     changes = Counter(tensor.change for tensor in plan.tensors)
     counted = ", ".join(f"{count} {change}" for change, count in changes.most_common())
-    kinds = Counter(_kind(tensor.name) for tensor in plan.targets)
+    kinds = Counter(kind_of(tensor.name) for tensor in plan.targets)
     targets = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common())
     rows = [
         ("base", str(plan.base)),
@@ -156,9 +156,7 @@ def show_plan(plan: MergePlan) -> None:
         ),
         ("numerics", plan.numerics),
     ]
-    edits = plan.contents.config_edits
-    if edits:
-        rows.append(("config.json", ", ".join(f"{key}: {value}" for key, value in edits.items())))
+    rows += _edits(plan.contents.config_edits)
     rows.extend(("note", note) for note in plan.notes)
     _print_rows(rows)
 
@@ -344,6 +342,21 @@ def show_evaluations(reports: Sequence[EvaluationReport]) -> None:
     )
 
 
+def _edits(edits: dict[str, Any]) -> list[tuple[str, str]]:
+    """Say what config.json says differently; of a quantization its method alone."""
+    shown = {key: value for key, value in edits.items() if key != "quantization_config"}
+    if "quantization_config" in edits:
+        section = edits["quantization_config"]
+        shown["quantization_config"] = "removed" if section is None else section["quant_method"]
+    return [("config.json", ", ".join(f"{k}: {v}" for k, v in shown.items()))] if shown else []
+
+
+def _deltas(shares: dict[str, dict[str, float]]) -> str:
+    """Say how much of what was merged the codes hold."""
+    kinds = (f"{kind} {s['kept']:.0%} (noise {s['noise']:.2g})" for kind, s in shares.items())
+    return f"share that the codes keep: {', '.join(kinds)}"
+
+
 def _mark(found: dict[str, Any]) -> str:
     return "*" if found["is_chosen"] else ""
 
@@ -364,12 +377,6 @@ def _shards(report: ExportReport) -> str:
     largest = max(shard["bytes"] for shard in report.shards)
     resumed = f", {report.resumed_shards} from an interrupted run" if report.resumed_shards else ""
     return f"{len(report.shards)}, the largest {_size(largest)}{resumed}"
-
-
-def _kind(name: str) -> str:
-    """Return a target's name without its layer: `q_proj`, `lm_head`."""
-    parts = [part for part in name.split(".") if not part.isdigit()]
-    return parts[-2] if parts[-1] == "weight" and len(parts) > 1 else ".".join(parts[-2:])
 
 
 def _shape(shape: Sequence[int]) -> str:

@@ -242,8 +242,8 @@ class Found:
 class Encoder(ABC):
     """Turns the rows of one weight into the bytes of a format, tile by tile.
 
-    If it `needs_scan`, every tile goes through `scan` first. Then every tile goes through `encode`,
-    and `finish` gives what is known only after the last.
+    It is told to `begin`. If it `needs_scan`, every tile goes through `scan` first. Then every tile
+    goes through `encode`, and `finish` gives what is known only after the last.
     """
 
     weight: CodedWeight
@@ -252,11 +252,27 @@ class Encoder(ABC):
     row_step: int
     """As that of a weight, for tiles to encode."""
 
+    @property
+    def held_bytes(self) -> int:
+        """What it holds from the first tile to the last, and while it finishes."""
+        return 0
+
+    def begin(self) -> None:  # noqa: B027 (few do)
+        """Get ready for tiles, which several threads may encode at the same time."""
+
     def scan(self, begin: int, end: int, tile: torch.Tensor) -> None:  # noqa: B027 (few do)
         """Look at the values of rows.
 
         Tiles may come in any order, and from one thread at a time.
         """
+
+    def join(self, others: Sequence[Encoder]) -> None:
+        """Share what was found in scans of other weights, whose scale has to be the same.
+
+        Raises:
+            NotImplementedError: The format has no such scale.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def encode(self, begin: int, end: int, tile: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -307,6 +323,11 @@ class Codec(ABC):
     encodes: ClassVar[bool] = False
     remarks: ClassVar[str] = ""
 
+    @property
+    def shares_scales(self) -> bool:
+        """Whether loaders that join weights, such as those of q, k and v, want one scale in all."""
+        return False
+
     @classmethod
     @abstractmethod
     def of(cls, section: Mapping[str, Any], dtype: Dtype) -> Codec | None:
@@ -333,6 +354,16 @@ class Codec(ABC):
             CheckpointError: The tensors of a weight are not complete, or do not fit together.
             UnsupportedError: A weight is stored in a variety that cannot be decoded.
         """
+
+    def holds_whole(self, shape: tuple[int, ...]) -> bool:
+        """Tell whether a weight of a shape divides into what shares a scale, as loaders want it."""
+        del shape
+        return True
+
+    def like(self, weight: CodedWeight) -> Codec:
+        """Return the codec that makes such a weight, where a checkpoint may hold several kinds."""
+        del weight
+        return self
 
     def encoder(self, name: str, shape: tuple[int, ...], dtype: Dtype) -> Encoder:
         """Return an encoder of one weight.

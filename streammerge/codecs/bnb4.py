@@ -59,6 +59,8 @@ OFFSET_CHARS = 22
 _STATE = ".quant_state.bitsandbytes__"
 _DTYPES = {"float16": Dtype.F16, "bfloat16": Dtype.BF16, "float32": Dtype.F32}
 _SMALL_BYTES = 1 << 16
+# absmax, less its mean, padded, scaled, and the codes as words of 8 bytes
+_FINISH_BUFFERS = 6
 _MARKS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 
 
@@ -177,6 +179,11 @@ class Bnb4Codec(Codec):
         ]
         return sort_out(by_name, weights, marks=_MARKS)
 
+    def like(self, weight: CodedWeight) -> Codec:
+        """Return the codec with the block and the quantization of absmax that a weight has."""
+        assert isinstance(weight, Bnb4Weight)
+        return Bnb4Codec(weight.quant_type, weight.is_nested, weight.block)
+
     def encoder(self, name: str, shape: tuple[int, ...], dtype: Dtype) -> Encoder:
         """Return an encoder; the JSON is padded with spaces to a length known beforehand."""
         if len(shape) != 2 or dtype not in _DTYPES.values():
@@ -233,6 +240,19 @@ class _Bnb4Encoder(Encoder):
         self.row_step = weight.row_step
         self._absmax: torch.Tensor | None = None
 
+    @property
+    def held_bytes(self) -> int:
+        """Absmax in float32, and what quantizing it allocates besides."""
+        if not self.weight.is_nested:
+            return 0
+        return _FINISH_BUFFERS * 4 * self.weight.part("absmax").nbytes
+
+    def begin(self) -> None:
+        import torch  # noqa: PLC0415 (planning needs no torch)
+
+        if self.weight.is_nested:
+            self._absmax = torch.full(self.weight.part("absmax").shape, math.nan)
+
     def encode(self, begin: int, end: int, tile: torch.Tensor) -> dict[str, torch.Tensor]:
         self.check_tile(begin, end, tile)
         from streammerge.codecs.bnb4_codes import quantize  # noqa: PLC0415 (it imports torch)
@@ -240,10 +260,9 @@ class _Bnb4Encoder(Encoder):
         weight = self.weight
         flat = tile.flatten().float()
         codes, absmax = quantize(flat, quant_type=weight.quant_type, block=weight.block)
-        if not self.weight.is_nested:
+        if not weight.is_nested:
             return {"weight": codes, "absmax": absmax}
-        if self._absmax is None:
-            self._absmax = absmax.new_full(self.weight.part("absmax").shape, math.nan)
+        assert self._absmax is not None, "it was not told to begin"
         first, last = self.weight._blocks(begin, end)  # noqa: SLF001 (it writes what that reads)
         self._absmax[first:last] = absmax
         return {"weight": codes}

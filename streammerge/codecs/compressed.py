@@ -224,6 +224,10 @@ class CompressedCodec(Codec):
             raise missing(name, f"{name}{role.removeprefix('weight')}")
         return held[role]
 
+    def holds_whole(self, shape: tuple[int, ...]) -> bool:
+        """Tell whether the inputs of a weight divide into whole groups."""
+        return shape[-1] % (self.args.group_size or 1) == 0
+
     def check_encoded(self, name: str, shape: tuple[int, ...], dtype: Dtype) -> None:
         """Make sure that a weight can be encoded.
 

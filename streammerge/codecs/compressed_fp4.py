@@ -20,7 +20,7 @@ from streammerge.codecs.compressed import CompressedCodec, ScaledWeight, WeightA
 from streammerge.dtypes import Dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
 
@@ -99,6 +99,11 @@ class Fp4Codec(CompressedCodec):
             raise refusal("weights.group_size", f"{_NV_GROUP} or {_MX_GROUP}", args.group_size)
 
     @property
+    def shares_scales(self) -> bool:
+        """NVFP4 has a scale of the whole weight, of which vLLM takes one for joined weights."""
+        return self._size == _NV_GROUP
+
+    @property
     def _size(self) -> int:
         return _NV_GROUP if self.args.group_size == _NV_GROUP else _MX_GROUP
 
@@ -167,6 +172,12 @@ class _NvEncoder(Encoder):
             largest = torch.maximum(largest, self._largest)
         self._largest = largest
 
+    def join(self, others: Sequence[Encoder]) -> None:
+        import torch  # noqa: PLC0415 (planning needs no torch)
+
+        found = [one._largest for one in (self, *others) if isinstance(one, _NvEncoder)]  # noqa: SLF001 (its own kind)
+        self._largest = torch.stack([size for size in found if size is not None]).amax()
+
     def encode(self, begin: int, end: int, tile: torch.Tensor) -> dict[str, torch.Tensor]:
         import torch  # noqa: PLC0415 (planning needs no torch)
 
@@ -229,12 +240,14 @@ def _pack(steps: torch.Tensor) -> torch.Tensor:
     """Return the bytes of (N, groups, G) values in units of their scales."""
     import torch  # noqa: PLC0415 (planning needs no torch)
 
+    from streammerge.codecs.tensors import count_below  # noqa: PLC0415
+
     sizes = steps.abs().float()
     bounds = torch.tensor(_BOUNDS)
     # bucketize leaves a bound with the code below; every other one belongs to the code above
     bounds[1::2] = torch.nextafter(bounds[1::2], torch.zeros(()))
-    codes = torch.bucketize(sizes, bounds, out_int32=True)
+    codes = count_below(sizes, bounds)
     # the sign of what is rounded to 0 is kept, that of 0 is not
-    negative = (steps < 0).int() << 3
-    flat = (codes | negative).to(torch.uint8).flatten(1)
+    negative = (steps < 0).view(torch.uint8) << 3
+    flat = (codes | negative).flatten(1)
     return flat[:, ::2] | (flat[:, 1::2] << 4)

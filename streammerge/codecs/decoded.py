@@ -6,8 +6,9 @@ these lie. What reads, merges and writes need not know.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from streammerge.checkpoint.header import StoredTensor
 from streammerge.codecs.turned import TurnedWeight
@@ -16,12 +17,22 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    import torch
+
     from streammerge.checkpoint.index import Checkpoint
     from streammerge.checkpoint.reader import FileReader, ReaderPool
     from streammerge.checkpoint.slab import Slab
     from streammerge.codecs.base import Codec, CodedWeight, Extent, Stored
+    from streammerge.dtypes import Dtype
 
-__all__ = ["READER_BYTES", "DecodedFile", "DecodedTensor", "decode_checkpoint"]
+__all__ = [
+    "READER_BYTES",
+    "DecodedFile",
+    "DecodedTensor",
+    "TileReader",
+    "Tiled",
+    "decode_checkpoint",
+]
 
 # decoded at a time
 CHUNK_VALUES = 1 << 19
@@ -106,59 +117,99 @@ def decode_checkpoint(
     return replace(base, tensors=tensors)
 
 
-class _DecodingReader:
-    """Reads bytes of a weight's values."""
+class Tiled(Protocol):
+    """A weight whose rows are made in tiles."""
 
-    def __init__(self, weight: CodedWeight, pool: ReaderPool) -> None:
-        self._weight, self._pool = weight, pool
-        self._shared: dict[str, bytes] = {}
-        self._row_bytes = weight.dtype.nbytes(weight.columns)
+    @property
+    def dtype(self) -> Dtype:
+        """Of the values."""
+
+    @property
+    def columns(self) -> int:
+        """Values of a row."""
+
+    @property
+    def matrix_rows(self) -> int:
+        """Rows of one matrix."""
+
+    @property
+    def row_step(self) -> int:
+        """Multiples of this are where tiles may begin and end."""
+
+
+class TileReader(ABC):
+    """Reads bytes of values that are made tile by tile."""
+
+    chunk_values: ClassVar[int] = CHUNK_VALUES
+    """How many values are made at a time, if a tile is not more."""
+
+    def __init__(self, tiled: Tiled) -> None:
+        self._tiled = tiled
+        self._row_bytes = tiled.dtype.nbytes(tiled.columns)
+
+    @abstractmethod
+    def make(self, begin: int, end: int) -> torch.Tensor:
+        """Return the rows of a tile, contiguous, in the weight's dtype."""
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill a buffer with the bytes from `offset` of the values."""
+        import torch  # noqa: PLC0415 (planning needs no torch)
+
         end = offset + len(buffer)
         row = self._row_bytes
         for first, last in self._tiles(offset // row, -(-end // row)):
-            values = self._decode(first, last)
+            values = self.make(first, last).view(torch.uint8).numpy()
+            data = memoryview(values).cast("B")  # type: ignore[arg-type]
             start = first * row
             begin, stop = max(offset, start), min(end, last * row)
-            buffer[begin - offset : stop - offset] = values[begin - start : stop - start]
+            buffer[begin - offset : stop - offset] = data[begin - start : stop - start]
 
     def read_slab(self, offset: int, slab: Slab, *, at: int, nbytes: int) -> None:
         """Put bytes from `offset` of the values into a slab."""
         self.read_into(offset, slab.view[at : at + nbytes])
 
-    def forget(self, offset: int, nbytes: int) -> None:
-        """Do nothing: the codes of a tile lie among those of others."""
+    def forget(self, offset: int, nbytes: int) -> None:  # noqa: B027 (its own reads forget)
+        """Do nothing: what a tile is made of lies among what others are made of."""
+
+    def close(self) -> None:  # noqa: B027 (few share anything)
+        """Release what tiles share."""
+
+    def _tiles(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """Cut rows, and as many as it takes to make them tiles, into tiles."""
+        tiled = self._tiled
+        step = tiled.row_step
+        most = max(1, self.chunk_values // max(tiled.columns, 1) // step) * step
+        for matrix in range(begin // tiled.matrix_rows, -(-end // tiled.matrix_rows)):
+            start = matrix * tiled.matrix_rows
+            stop = min(end, start + tiled.matrix_rows)
+            first = max(begin, start)
+            first -= (first - start) % step
+            while first < stop:
+                last = min(first + most, start + tiled.matrix_rows)
+                # no more than is asked for
+                wanted = stop - start + -(stop - start) % step
+                last = min(last, start + min(wanted, tiled.matrix_rows))
+                yield first, last
+                first = last
+
+
+class _DecodingReader(TileReader):
+    """Reads bytes of a coded weight's values."""
+
+    def __init__(self, weight: CodedWeight, pool: ReaderPool) -> None:
+        super().__init__(weight)
+        self._weight, self._pool = weight, pool
+        self._shared: dict[str, bytes] = {}
 
     def close(self) -> None:
         """Forget what tiles share."""
         self._shared.clear()
 
-    def _tiles(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """Cut rows, and as many as it takes to make them tiles, into tiles."""
-        weight = self._weight
-        most = max(1, CHUNK_VALUES // max(weight.columns, 1) // weight.row_step) * weight.row_step
-        for matrix in range(begin // weight.matrix_rows, -(-end // weight.matrix_rows)):
-            start = matrix * weight.matrix_rows
-            stop = min(end, start + weight.matrix_rows)
-            first = max(begin, start)
-            first -= (first - start) % weight.row_step
-            while first < stop:
-                last = min(first + most, start + weight.matrix_rows)
-                # no more than is asked for
-                wanted = stop - start + -(stop - start) % weight.row_step
-                last = min(last, start + min(wanted, weight.matrix_rows))
-                yield first, last
-                first = last
-
-    def _decode(self, begin: int, end: int) -> memoryview:
-        import torch  # noqa: PLC0415 (planning needs no torch)
-
+    def make(self, begin: int, end: int) -> torch.Tensor:
+        """Decode rows."""
         weight = self._weight
         data = {extent.role: self._read(extent) for extent in weight.extents(begin, end)}
-        values = weight.decode(begin, end, data)
-        return memoryview(values.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
+        return weight.decode(begin, end, data)
 
     def _read(self, extent: Extent) -> memoryview:
         if extent.role in self._shared:

@@ -14,7 +14,7 @@ those of the configuration, as in DeepSeek's own conversion.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from streammerge.checkpoint.header import TensorSpec
@@ -172,6 +172,16 @@ class Fp8Codec(Codec):
         return Fp8Weight(
             name=codes.name, shape=codes.shape, dtype=self.dtype, parts=parts, block=block
         )
+
+    def holds_whole(self, shape: tuple[int, ...]) -> bool:
+        """Tell whether a weight is made of whole blocks."""
+        return self.block is None or not (shape[-2] % self.block[0] or shape[-1] % self.block[1])
+
+    def like(self, weight: CodedWeight) -> Codec:
+        """Return the codec with the blocks and the scales of a weight."""
+        assert isinstance(weight, Fp8Weight)
+        scale = weight.part("weight_scale_inv").dtype
+        return replace(self, block=weight.block, scale_dtype=scale)
 
     def encoder(self, name: str, shape: tuple[int, ...], dtype: Dtype) -> Encoder:
         """Return an encoder of a matrix."""

@@ -23,7 +23,7 @@ __all__ = ["all_codecs", "find_codec"]
 
 # these import torch, or ask this module
 _NO_FORMATS = frozenset(
-    {"base", "bnb4_codes", "decoded", "registry", "support", "tensors", "turned"}
+    {"base", "bnb4_codes", "decoded", "registry", "rounded", "support", "tensors", "turned"}
 )
 
 

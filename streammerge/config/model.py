@@ -5,13 +5,21 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from streammerge.config.sizes import parse_bytes
 
-__all__ = ["ExportConfig"]
+__all__ = ["FORMATS", "CalibratedName", "ExportConfig", "FormatName"]
+
+CalibratedName = Literal["gptq", "awq", "rtn"]
+
+FormatName = Literal["nf4", "fp4", "int8", "fp8", "fp8-block", "mxfp4", "nvfp4", "w4a16", "w8a16"]
+FORMATS: tuple[FormatName, ...] = get_args(FormatName)
+"""What weights can be encoded in as they are merged, without calibration."""
+_CALIBRATED: tuple[CalibratedName, ...] = get_args(CalibratedName)
+_FORMAT_BITS = {"nf4": 4, "fp4": 4, "mxfp4": 4, "nvfp4": 4, "w4a16": 4}
 
 
 def _split_commas(value: object) -> object:
@@ -76,13 +84,21 @@ class ExportConfig(BaseModel):
     export_size: Annotated[int | Literal["keep"], BeforeValidator(_shard_size)] = 5 * 10**9
     """Most bytes of a shard, or `keep` for the base's own shards."""
     export_device: Literal["cpu", "auto", "cuda"] = "cpu"
+    """Where weights are merged: `cuda` is all GPUs; `auto` too, if their link is faster than the
+    CPU's arithmetic.
+    """
     export_legacy_format: bool = False
     """Write `pytorch_model*.bin` instead of safetensors."""
     export_quantization_bit: Literal[2, 3, 4, 8] | None = None
     export_quantization_dataset: str | None = None
-    export_quantization_method: Literal["gptq", "awq", "rtn"] = "gptq"
+    export_quantization_method: CalibratedName | FormatName = "gptq"
+    """`gptq`, `awq` and `rtn` need a number of bits and a dataset; formats need neither."""
     export_quantization_group_size: Annotated[int, Field(ge=-1)] = 128
     """Inputs per scale; -1 for one scale per row."""
+    export_quantization_double: bool = True
+    """NF4 and FP4: quantize the scales too."""
+    export_requantize: Literal["same"] | None = None
+    """`same`: write what is merged onto a quantized base in the base's own format."""
     export_quantization_desc_act: bool = False
     """GPTQ: form the groups in the order of the inputs' magnitudes."""
     export_quantization_damp: Annotated[float, Field(gt=0, lt=1, strict=False)] = 0.05
@@ -112,6 +128,8 @@ class ExportConfig(BaseModel):
 
     max_memory: Annotated[int, BeforeValidator(parse_bytes)] = 2 * 10**9
     """Ceiling on the resident memory of the whole process."""
+    max_device_memory: Annotated[int, BeforeValidator(parse_bytes)] = 2 * 10**9
+    """Ceiling on what is taken of each GPU, its driver's own memory apart."""
     numerics: Literal["peft", "fp32"] = "peft"
     """`peft`: the bits of PEFT's merge_and_unload on a CPU. `fp32`: one rounding per tensor."""
     peft_bugs: Literal["fix", "reproduce"] = "fix"
@@ -120,6 +138,10 @@ class ExportConfig(BaseModel):
     """The base is the residual that PiSSA, OLoRA and the like trained on, not the original."""
     allow_dequantize: bool = False
     """Merge onto what a GPTQ, AWQ or AQLM base stands for; write any quantized base in 16 bit."""
+    qlora_base: Literal["original", "dequantized-nf4"] | None = None
+    """`dequantized-nf4`: merge onto what the base's linears are in NF4, as a QLoRA training had it;
+    `original`, the default: onto its weights as they are.
+    """
     moe_b_layout: Literal["peft", "unsloth"] = "peft"
     """How adapters on fused experts divide the columns of B; Unsloth's files look like PEFT's."""
     adapter_weights: Annotated[tuple[float, ...], BeforeValidator(_weights)] = ()
@@ -158,6 +180,20 @@ class ExportConfig(BaseModel):
         """Most bytes of a shard; None for the base's own shards."""
         return None if self.export_size == "keep" else self.export_size
 
+    @property
+    def encoded_format(self) -> FormatName | None:
+        """The format in which weights are encoded as they are merged; None if they are not."""
+        method = self.export_quantization_method
+        return method if method in FORMATS else None
+
+    @property
+    def calibrated_method(self) -> CalibratedName | None:
+        """The method by which layers are quantized after the merge; None if they are not."""
+        method = self.export_quantization_method
+        if self.export_quantization_bit is None:
+            return None
+        return method if method in _CALIBRATED else None
+
     @model_validator(mode="after")
     def _check_combinations(self) -> ExportConfig:
         for message in _forbidden(self):
@@ -183,17 +219,22 @@ def _forbidden(config: ExportConfig) -> list[str]:
             )
         else:
             faults.append("quantization_bit: on-the-fly quantization is not exported; remove it")
-    if config.export_quantization_bit is not None and not config.export_quantization_dataset:
-        faults.append("export_quantization_bit needs export_quantization_dataset")
+    faults += _forbidden_encodings(config)
     size = config.export_quantization_group_size
     if size != -1 and (size <= 0 or size % 8):
         faults.append("export_quantization_group_size is -1 or a multiple of 8")
-    if config.export_quantization_bit is not None and config.export_legacy_format:
+    is_coded = config.encoded_format or config.export_requantize
+    if (config.export_quantization_bit is not None or is_coded) and config.export_legacy_format:
         faults.append("export_legacy_format has no form for quantized weights; remove it")
     if config.adapter_weights and len(config.adapter_weights) != len(adapters):
         faults.append(
             f"adapter_weights has {len(config.adapter_weights)} numbers for "
             f"{len(adapters)} adapters"
+        )
+    if config.qlora_base is not None and not adapters:
+        faults.append(
+            f"qlora_base: {config.qlora_base} is about what an adapter is merged onto, and there "
+            "is no adapter_name_or_path; remove it"
         )
     prunes = config.adapter_combination not in {None, "linear", "cat"}
     if prunes and not config.adapter_density:
@@ -206,6 +247,43 @@ def _forbidden(config: ExportConfig) -> list[str]:
         faults.append(
             "export_size: keep cannot be used with infer_dtype: the tensors change their size"
         )
+    return faults
+
+
+def _forbidden_encodings(config: ExportConfig) -> list[str]:
+    """Say which keys of quantization make no sense together."""
+    faults = []
+    method, bits = config.export_quantization_method, config.export_quantization_bit
+    form = config.encoded_format
+    if form is not None:
+        is_calibrated = config.export_quantization_dataset is not None
+        if bits not in {None, _FORMAT_BITS.get(form, 8)}:
+            faults.append(
+                f"export_quantization_method: {form} has {_FORMAT_BITS.get(form, 8)} bits; remove "
+                "export_quantization_bit"
+            )
+        if is_calibrated:
+            faults.append(
+                f"export_quantization_method: {form} is not calibrated; remove "
+                "export_quantization_dataset, or choose gptq or awq"
+            )
+        if config.export_size == "keep":
+            faults.append("export_size: keep cannot be used with codes: tensors change their size")
+    elif bits is not None and not config.export_quantization_dataset:
+        faults.append("export_quantization_bit needs export_quantization_dataset")
+    elif bits is None and "export_quantization_method" in config.model_fields_set:
+        faults.append(f"export_quantization_method: {method} needs export_quantization_bit")
+    if config.export_requantize is None:
+        return faults
+    if form is not None or bits is not None:
+        faults.append(
+            "export_requantize writes the base's own format; remove it to choose another by "
+            "export_quantization_method"
+        )
+    if not config.adapter_name_or_path:
+        faults.append("export_requantize needs an adapter: without one the base stays as it is")
+    if config.infer_dtype != "auto":
+        faults.append("export_requantize cannot be used with infer_dtype: codes have no such dtype")
     return faults
 
 

@@ -9,12 +9,19 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import date
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from streammerge.config.tuning import KIB, MIB, ComputeTuning, DiskTuning
+from streammerge.config.tuning import (
+    KIB,
+    MIB,
+    ComputeTuning,
+    DiskTuning,
+    GpuTuning,
+    KernelShape,
+)
 from streammerge.errors import ConfigError
 
 __all__ = ["PROFILE_VERSION", "MachineProfile", "load_profile", "profile_path", "save_profile"]
@@ -26,6 +33,14 @@ _PAGE = 4096
 _BLOCK_BYTES = range(64 * KIB, 256 * MIB + 1, _PAGE)
 _THREADS = range(1, 17)
 _SCRATCH_BYTES = range(64 * KIB, 256 * MIB + 1, _PAGE)
+_MOST_GBPS = 10**6
+_KERNEL_SHAPES = {
+    "block_n": (16, 32, 64, 128, 256),
+    "block_k": (16, 32, 64, 128, 256),
+    "block_r": (16, 32, 64, 128),
+    "num_warps": (1, 2, 4, 8, 16),
+    "num_stages": (1, 2, 3, 4, 5),
+}
 # of the last bucket at least: more than the rank of any adapter
 _ANY_RANK = 1 << 30
 
@@ -38,6 +53,8 @@ class MachineProfile:
     """By `major:minor mount-point`."""
     compute: ComputeTuning | None = None
     """None if it was not measured."""
+    gpus: dict[str, GpuTuning] = field(default_factory=dict)
+    """By the name of the device."""
     measurements: dict[str, Any] = field(default_factory=dict)
     """What the choice is based on, as JSON types; to be shown, not to be computed with."""
     created: str = ""
@@ -52,6 +69,7 @@ class MachineProfile:
             "disks": {key: asdict(disk) for key, disk in self.disks.items()},
             "compute": self.compute
             and {"scratch_bytes": [list(pair) for pair in self.compute.scratch_bytes]},
+            "gpus": {name: asdict(gpu) for name, gpu in self.gpus.items()},
             "measurements": self.measurements,
         }
 
@@ -64,8 +82,9 @@ class MachineProfile:
         return MachineProfile(
             disks={**older.disks, **self.disks},
             compute=self.compute or older.compute,
+            gpus={**older.gpus, **self.gpus},
             measurements=measurements,
-            created=self.created,
+            created=self.created or older.created,
         )
 
 
@@ -177,6 +196,10 @@ def _parse(value: Any) -> MachineProfile:
     return MachineProfile(
         disks={key: _parse_disk(_object(disk, key), key) for key, disk in disks.items()},
         compute=None if compute is None else _parse_compute(_object(compute, "compute")),
+        gpus={
+            name: _parse_gpu(_object(gpu, name), name)
+            for name, gpu in _object(found.get("gpus", {}), "gpus").items()
+        },
         measurements=_object(found.get("measurements", {}), "measurements"),
         created=created,
     )
@@ -210,6 +233,31 @@ def _parse_compute(found: dict[str, Any]) -> ComputeTuning:
     if buckets[-1][0] != _ANY_RANK:
         raise ValueError(f"scratch_bytes does not end with rank {_ANY_RANK}")
     return ComputeTuning(tuple(buckets))
+
+
+def _parse_gpu(found: dict[str, Any], name: str) -> GpuTuning:
+    where = f"the GPU {name!r}"
+    if found.keys() != {field.name for field in fields(GpuTuning)}:
+        raise ValueError(f"{where} has other keys than it should")
+    rates = [found["link_gbps"], found["cpu_gbps"]]
+    if not all(isinstance(r, (int, float)) and not isinstance(r, bool) for r in rates):
+        raise ValueError(f"a rate of {where} is no number")
+    if not all(0 < rate < _MOST_GBPS for rate in rates):
+        raise ValueError(f"a rate of {where} is not in 0 .. {_MOST_GBPS}")
+    kernels = {
+        key: _parse_kernel(_object(shape, key), f"the kernel {key!r} of {where}")
+        for key, shape in _object(found["kernels"], f"kernels of {where}").items()
+    }
+    return GpuTuning(link_gbps=float(rates[0]), cpu_gbps=float(rates[1]), kernels=kernels)
+
+
+def _parse_kernel(found: dict[str, Any], where: str) -> KernelShape:
+    if found.keys() != _KERNEL_SHAPES.keys():
+        raise ValueError(f"{where} has other keys than {', '.join(_KERNEL_SHAPES)}")
+    for name, allowed in _KERNEL_SHAPES.items():
+        if found[name] not in allowed or isinstance(found[name], bool):
+            raise ValueError(f"{name} of {where} is not one of {', '.join(map(str, allowed))}")
+    return KernelShape(**found)
 
 
 def _object(value: Any, what: str) -> dict[str, Any]:

@@ -5,10 +5,11 @@ These values change the speed and the memory of a run, never its output.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["KIB", "MIB", "ComputeTuning", "DigestKind", "DiskTuning", "FileMode", "IoChoice"]
+__all__ = ["KIB", "MIB", "ComputeTuning", "DigestKind", "DiskTuning", "FileMode", "GpuTuning",
+           "IoChoice", "KernelShape"]  # fmt: skip
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -43,6 +44,31 @@ class ComputeTuning:
     def scratch_for(self, rank: int) -> int:
         """Return the bytes of one product for a target of that rank."""
         return next(nbytes for highest, nbytes in self.scratch_bytes if rank <= highest)
+
+
+@dataclass(frozen=True, slots=True)
+class KernelShape:
+    """Shape of a kernel's tile, and how many warps work on it."""
+
+    block_n: int
+    block_k: int
+    block_r: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class GpuTuning:
+    """How fast one kind of GPU is, and how its kernels are launched."""
+
+    link_gbps: float
+    """Bytes that go there while as many come back."""
+    cpu_gbps: float
+    """Bytes of weights that the CPU merges."""
+    kernels: dict[str, KernelShape] = field(default_factory=dict)
+    """By operation, width of the factors and highest rank, such as `merge half 16`; an operation
+    that is not here has its own table.
+    """
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streammerge.backends.select import select_backend
 from streammerge.checkpoint.digest import digest_file
 from streammerge.checkpoint.direct import DirectWriter
 from streammerge.checkpoint.header import read_header
@@ -17,6 +16,8 @@ from streammerge.checkpoint.sidecars import write_durably, write_sidecars
 from streammerge.checkpoint.torch_bin import read_torch_bin
 from streammerge.checkpoint.writer import SafetensorsWriter, TorchBinWriter, require_space
 from streammerge.config import ExportConfig, load_config, parse_config
+from streammerge.engine.devices import choose_devices
+from streammerge.engine.fidelity import measure_deltas
 from streammerge.engine.pipeline import Pipeline
 from streammerge.engine.prepare import prepare
 from streammerge.engine.quantize import bytes_needed, foresee, quantize_layers, read_settings
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     from streammerge.backends.base import Backend
     from streammerge.checkpoint.writer import ShardWriter
+    from streammerge.engine.devices import Devices
     from streammerge.plan.layout import ShardPlan
     from streammerge.plan.memory import MemoryPlan
     from streammerge.plan.merge_plan import MergePlan
@@ -107,6 +109,8 @@ def export(
     quantize = read_settings(settings)
     needed = plan.bytes_written if quantize is None else bytes_needed(plan, quantize)
     _check_disk(plan, needed=needed)
+    # before layers are quantized, which may take hours
+    devices = choose_devices(plan, settings)
     with ExitStack() as stack:
         quantized = None
         if quantize is not None:
@@ -114,9 +118,11 @@ def export(
             # whatever stops the run, the layers stay for a rerun
             stack.callback(quantized.work.release)
             plan = quantized.plan
-        memory, open_backend = _fit_memory(plan, settings, peak_before=peak_before)
+        devices = replace(devices, plan=plan)
+        memory, open_backend = _fit_memory(devices, settings, peak_before=peak_before)
         staging = Staging(plan.output)
-        identity = fingerprint(plan, allow_nonfinite=settings.allow_nonfinite)
+        allowed, device = settings.allow_nonfinite, devices.kind
+        identity = fingerprint(plan, allow_nonfinite=allowed, device=device)
         staging.open(identity)
         run = _Run(plan, staging, progress)
         pipeline = run.pipeline(memory, open_backend, allow_nonfinite=settings.allow_nonfinite)
@@ -124,7 +130,9 @@ def export(
             run.write_shards(pipeline)
             run.write_rest()
             run.verify()
-            if fingerprint(plan, allow_nonfinite=settings.allow_nonfinite) != identity:
+            # of NaN there is no share
+            deltas = {} if settings.allow_nonfinite else measure_deltas(plan, staging.folder)
+            if fingerprint(plan, allow_nonfinite=allowed, device=device) != identity:
                 raise InputError(
                     "the base or an adapter changed during the run",
                     where=plan.base,
@@ -138,7 +146,11 @@ def export(
         url = push_folder(
             plan.output, repo_id=settings.export_hub_model_id, token=settings.hf_hub_token
         )
-    report = _report(run, pipeline, seconds=time.perf_counter() - started, hub_url=url)
+    seconds = time.perf_counter() - started
+    report = _report(run, pipeline, devices, seconds=seconds, hub_url=url)
+    if deltas:
+        found = {kind: share.describe() for kind, share in deltas.items()}
+        report = replace(report, deltas=found)
     if quantized is not None:
         report = replace(report, quantization=quantized.describe())
     return report
@@ -163,11 +175,13 @@ def rehearse(
     plan = prepare(settings)
     _check_output(plan, settings)
     _check_disk(plan, needed=3 * max(shard.file_bytes for shard in plan.shards))
-    memory, open_backend = _fit_memory(plan, settings, peak_before=peak_before)
+    devices = choose_devices(plan, settings)
+    memory, open_backend = _fit_memory(devices, settings, peak_before=peak_before)
     # a folder of its own, so that no interrupted run is disturbed
     is_new_parent = not plan.output.parent.exists()
     staging = Staging(plan.output.with_name(f"{plan.output.name}.rehearsal"))
-    staging.open(fingerprint(plan, allow_nonfinite=settings.allow_nonfinite))
+    allowed, device = settings.allow_nonfinite, devices.kind
+    staging.open(fingerprint(plan, allow_nonfinite=allowed, device=device))
     run = _Rehearsal(plan, staging, progress or Progress())
     pipeline = run.pipeline(memory, open_backend, allow_nonfinite=settings.allow_nonfinite)
     try:
@@ -177,7 +191,8 @@ def rehearse(
         if is_new_parent:
             with suppress(OSError):  # somebody else uses it by now
                 plan.output.parent.rmdir()
-    return _report(run, pipeline, seconds=time.perf_counter() - started, hub_url=None)
+    seconds = time.perf_counter() - started
+    return _report(run, pipeline, devices, seconds=seconds, hub_url=None)
 
 
 @contextmanager
@@ -202,34 +217,30 @@ def _keeping(staging: Staging) -> Iterator[None]:
 
 
 def _fit_memory(
-    plan: MergePlan, settings: ExportConfig, *, peak_before: int
+    devices: Devices, settings: ExportConfig, *, peak_before: int
 ) -> tuple[MemoryPlan, Callable[[], Backend]]:
     """Fit the buffers to the ceiling, and say how the backend is opened.
 
     Importing torch takes a second: where the ceiling leaves room for whatever it may need, the
     first blocks are read meanwhile. Otherwise it is imported first, and the buffers fit what is
-    left.
+    left; so it is for GPUs, whose drivers take memory too.
 
     Args:
-        plan: What will be done.
+        devices: What merges, and the plan.
         settings: What the user asked for.
         peak_before: VmHWM before the export began, for which it is not to blame.
 
     Raises:
         MemoryBudgetError: It is too much already, or the buffers do not fit.
     """
-
-    def open_backend(memory: MemoryPlan) -> Backend:
-        return select_backend(
-            numerics=plan.numerics, scratch_bytes=memory.scratch_bytes, tuning=plan.shape.compute
-        )
+    plan = devices.plan
 
     def fit(baseline: int) -> MemoryPlan:
         return plan_memory(
             plan.tensors,
             max_memory=settings.max_memory,
             shape=plan.shape,
-            baseline=baseline,
+            baseline=baseline + plan.reader_bytes,
             baseline_holds_plan=True,
         )
 
@@ -244,17 +255,21 @@ def _fit_memory(
             )
 
     before = rss_bytes()
-    if settings.max_memory < TORCH_MOST_BYTES + before + plan.memory.least_bytes:
-        open_backend(plan.memory).close()
+    is_tight = settings.max_memory < TORCH_MOST_BYTES + before + plan.memory.least_bytes
+    if is_tight or devices.gpus is not None:
+        backend = devices.open(plan.memory)
+        # the slots of pinned memory among it
+        baseline = rss_bytes()
+        backend.close()
         check()
-        memory = fit(rss_bytes())
-        return memory, lambda: open_backend(memory)
+        memory = fit(baseline)
+        return memory, lambda: devices.open(memory)
 
     check()
     roomy = fit(TORCH_MOST_BYTES + before)
 
     def open_meanwhile() -> Backend:
-        backend = open_backend(roomy)
+        backend = devices.open(roomy)
         slabs = roomy.slab_bytes * roomy.slab_count
         if rss_bytes() - before - slabs > TORCH_MOST_BYTES:
             raise MemoryBudgetError(
@@ -271,7 +286,9 @@ def _fit_memory(
     return replace(roomy, predicted_peak_bytes=shown), open_meanwhile
 
 
-def _report(run: _Run, pipeline: Pipeline, *, seconds: float, hub_url: str | None) -> ExportReport:
+def _report(
+    run: _Run, pipeline: Pipeline, devices: Devices, *, seconds: float, hub_url: str | None
+) -> ExportReport:
     plan, busy = run.plan, pipeline.seconds
     return ExportReport(
         output_dir=str(plan.output),
@@ -292,7 +309,7 @@ def _report(run: _Run, pipeline: Pipeline, *, seconds: float, hub_url: str | Non
         resumed_shards=run.resumed,
         config_edits=plan.contents.config_edits,
         not_copied=list(plan.sidecars.left_out),
-        notes=list(plan.notes),
+        notes=[*plan.notes, *devices.notes()],
         hub_url=hub_url,
     )
 
@@ -330,14 +347,14 @@ class _Run:
     def open_writer(self, shard: ShardPlan) -> ShardWriter:
         path = self.staging.folder / shard.name
         if self.plan.layout == "torch_bin":
-            return TorchBinWriter(path, specs=[placed.tensor.spec for placed in shard.tensors])
+            return TorchBinWriter(path, specs=shard.specs)
         if self.plan.io.write_mode == "direct":
             return DirectWriter(path, head=shard.head, nbytes=shard.file_bytes)
         return SafetensorsWriter(path, head=shard.head)
 
     def on_shard(self, shard: ShardPlan, nbytes: int, digest: str) -> None:
-        if self.plan.layout == "torch_bin":
-            # the archive's own bytes are not those that passed through
+        if self.plan.layout == "torch_bin" or not shard.is_sequential:
+            # the archive's own bytes are not those that passed through; or they came out of order
             digest = digest_file(self.staging.folder / shard.name, kind=self.plan.io.digest)
         self.staging.record(shard.name, nbytes, digest)
         self.written[shard.name] = nbytes, digest
@@ -384,7 +401,7 @@ class _Run:
                     "written shard is damaged", where=path, got=error
                 ) from error
             got = {(tensor.name, tensor.dtype, tensor.shape) for tensor in stored}
-            wanted = {(p.tensor.name, p.tensor.dtype, p.tensor.shape) for p in shard.tensors}
+            wanted = {(spec.name, spec.dtype, spec.shape) for spec in shard.specs}
             if got != wanted:
                 raise VerificationError(
                     "written shard does not hold the planned tensors",

@@ -36,20 +36,23 @@ class LoadedFactors:
     raw: dict[StoredTensor, bytearray]
     nbytes: int
     rows_left: int
-    """Rows of the target that are not merged yet."""
+    """Rows of the target that are not merged yet, and one for what describes its codes."""
     _converted: TargetFactors | None = None
     _converting: threading.Lock = field(default_factory=threading.Lock)
 
     def loaded(self, backend: Backend) -> TargetFactors:
         """Return the factors in the backend's form."""
         # not by way of `self`: what is loaded may keep the reader, and would keep itself alive
-        source = self.target.source
+        own = self.target.source
 
-        def read_source(offset: int, buffer: memoryview) -> None:
+        def read_source(
+            offset: int, buffer: memoryview, source: StoredTensor | None = None
+        ) -> None:
+            tensor = own if source is None else source
             with ReaderPool(mode="buffered") as weights:
-                reader = weights.reader(source.file)
-                reader.read_into(source.offset + offset, buffer)
-                reader.forget(source.offset + offset, len(buffer))
+                reader = weights.reader(tensor.file)
+                reader.read_into(tensor.offset + offset, buffer)
+                reader.forget(tensor.offset + offset, len(buffer))
 
         with self._converting:
             if self._converted is None:
@@ -87,6 +90,11 @@ class FactorStore:
             self._current = self._read(tile.target, adapters)
         return self._current
 
+    def last(self) -> LoadedFactors:
+        """Return the factors that were taken last."""
+        assert self._current is not None
+        return self._current
+
     def give_back(self, factors: LoadedFactors, *, rows: int) -> None:
         """Count rows as merged; the last of a target makes room."""
         with self._room:
@@ -110,6 +118,18 @@ class FactorStore:
                 raise Stopped
             self._held += nbytes
         raw: dict[StoredTensor, bytearray] = {}
+        target = self._read_terms(target, raw, adapters)
+        if target.encoding is not None:
+            # whose scales follow from all of them
+            others = [self._read_terms(t, raw, adapters) for t in target.encoding.together]
+            target = replace(target, encoding=replace(target.encoding, together=tuple(others)))
+        rows = target.rows + (target.encoding is not None)
+        return LoadedFactors(target, raw, nbytes, rows)
+
+    def _read_terms(
+        self, target: TensorPlan, raw: dict[StoredTensor, bytearray], adapters: ReaderPool
+    ) -> TensorPlan:
+        """Read the factors of a target; return it with parts of factors in their place."""
         if isinstance(target.op, ApplyTerms):
             terms = tuple(self._with_parts(term, raw, adapters) for term in target.terms)
             target = replace(target, op=replace(target.op, terms=terms))
@@ -117,7 +137,7 @@ class FactorStore:
             if factor not in raw:
                 raw[factor] = bytearray(factor.nbytes)
                 adapters.read_tensor(factor, memoryview(raw[factor]))
-        return LoadedFactors(target, raw, nbytes, target.rows)
+        return target
 
     def _with_parts(
         self, term: Term, raw: dict[StoredTensor, bytearray], adapters: ReaderPool

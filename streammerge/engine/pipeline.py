@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from streammerge.engine.factors import LoadedFactors
     from streammerge.plan.layout import ShardPlan
     from streammerge.plan.memory import MemoryPlan
-    from streammerge.plan.tiles import Block, MergeTile
+    from streammerge.plan.tiles import Block, MergeTile, SidePiece
 
 __all__ = ["Pipeline", "StageSeconds"]
 
@@ -70,7 +70,7 @@ class _Job:
     block: Block
     slab: Slab
     factors: list[LoadedFactors]
-    """Those of each tile."""
+    """Those of each tile, or of the weight that it describes."""
 
     @property
     def at(self) -> int:
@@ -90,7 +90,9 @@ class Pipeline:
     on_written: Callable[[int], None]
     """Told the bytes of each block once they are written; called from a writer's thread."""
     on_shard: Callable[[ShardPlan, int, str], None]
-    """Told of each durable shard, its file size and digest; called from the finisher's thread."""
+    """Told of each durable shard, its file size and digest, which is empty if the shard is not made
+    in the order of its bytes; called from the finisher's thread.
+    """
     allow_nonfinite: bool = False
     seconds: StageSeconds = field(default_factory=StageSeconds)
 
@@ -143,6 +145,8 @@ class Pipeline:
                 self._abort_unfinished()
                 if self._backend is not None:
                     self._backend.close()
+                # the slabs go back now, and not with whoever still reads the times
+                self._free = Channel()
         if self._failure is not None:
             raise self._failure
 
@@ -192,10 +196,13 @@ class Pipeline:
                         max_factor_bytes=self.memory.factor_bytes // 2,
                     )
                 )
-                run = _ShardRun(shard, new_digest(self.io.digest), len(blocks))
+                kind = self.io.digest if shard.is_sequential else "none"
+                run = _ShardRun(shard, new_digest(kind), len(blocks))
                 for block in blocks:
                     slab = self._free.get()
                     factors = [self._factors.take(tile, adapters) for tile in block.tiles]
+                    if block.side is not None:
+                        factors.append(self._factors.last())
                     yield _Job(number, run, block, slab, factors)
                     number += 1
         self._merged.close(number)
@@ -237,23 +244,29 @@ class Pipeline:
             raise Stopped
         while (job := self._loaded.get()) is not None:
             with self._timed("compute"):
-                for tile, factors in zip(job.block.tiles, job.factors, strict=True):
-                    self._merge(job, tile, factors, self._backend)
+                self._merge(job, self._backend)
             self._merged.put(job.number, job)
 
-    def _merge(self, job: _Job, tile: MergeTile, factors: LoadedFactors, backend: Backend) -> None:
-        is_finite = backend.apply(
-            Tile(
-                tile.target,
-                tile.begin,
-                tile.end,
-                job.slab.view,
-                output_offset=job.at + tile.output_at,
-                source_offset=job.at + tile.source_at,
-            ),
-            factors.loaded(backend),
+    def _merge(self, job: _Job, backend: Backend) -> None:
+        merged = backend.apply_block(
+            (
+                Tile(
+                    tile.target,
+                    tile.begin,
+                    tile.end,
+                    job.slab.view,
+                    output_offset=job.at + tile.output_at,
+                    source_offset=job.at + tile.source_at,
+                ),
+                factors.loaded(backend),
+            )
+            for tile, factors in zip(job.block.tiles, job.factors, strict=True)
         )
-        self._factors.give_back(factors, rows=tile.end - tile.begin)
+        for is_finite, tile, factors in zip(merged, job.block.tiles, job.factors, strict=True):
+            self._factors.give_back(factors, rows=tile.end - tile.begin)
+            self._check(tile, is_finite=is_finite)
+
+    def _check(self, tile: MergeTile, *, is_finite: bool) -> None:
         if not is_finite and not self.allow_nonfinite:
             raise NonFiniteError(
                 f"merged tensor '{tile.target.name}' holds NaN or Inf",
@@ -286,12 +299,26 @@ class Pipeline:
     def _begin(self, job: _Job) -> ShardWriter:
         """Take a block in the order of the file: open its shard with the first, digest it."""
         run, start = job.run, job.at
+        if job.block.side is not None:
+            # every block before it has been merged, and so all rows of the weight
+            self._fill(job, job.block.side)
         if run.writer is None:
             run.writer = self.open_writer(run.plan)
             self._runs[id(run)] = run
             run.digest.update(run.plan.head)
         run.digest.update(job.slab.view[start : start + job.block.nbytes])
         return run.writer
+
+    def _fill(self, job: _Job, side: SidePiece) -> None:
+        """Put what describes the codes of a weight into its slab."""
+        (factors,) = job.factors
+        assert self._backend is not None
+        nbytes = job.block.nbytes
+        with self._timed("compute"):
+            part = self._backend.side(factors.loaded(self._backend), side.part)
+            job.slab.view[job.at : job.at + nbytes] = part[side.begin : side.begin + nbytes]
+        if side.is_last:
+            self._factors.give_back(factors, rows=1)
 
     def _finish(self, run: _ShardRun, writer: ShardWriter) -> None:
         del self._runs[id(run)]

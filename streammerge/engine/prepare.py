@@ -18,7 +18,9 @@ from streammerge.checkpoint.torch_bin import storage_class
 from streammerge.codecs.decoded import READER_BYTES, DecodedTensor, decode_checkpoint
 from streammerge.codecs.registry import find_codec
 from streammerge.dtypes import Dtype
+from streammerge.engine.encode import encode
 from streammerge.engine.machine import choose_io
+from streammerge.engine.qlora import trained_base
 from streammerge.engine.renames import find_renames
 from streammerge.errors import AdapterError, ConfigError, PlanError
 from streammerge.plan.build import PlanOptions, plan_tensors
@@ -59,11 +61,12 @@ def prepare(config: ExportConfig, *, local_only: bool = False) -> MergePlan:
     """
     _check_supported(config)
     base_path, adapter_paths = _resolve(config, local_only=local_only)
-    base = open_checkpoint(base_path, ignore_files=config.ignore_files)
-    base_config = base.config
-    base, decoded_notes = _decoded(base, config)
+    stored = open_checkpoint(base_path, ignore_files=config.ignore_files)
+    base, decoded_notes = _decoded(stored, config)
     choices = Choices(config.base_is_residual, config.peft_bugs == "reproduce")
     adapters = [open_adapter(path, choices) for path in adapter_paths]
+    trained = trained_base(base, adapters, config, is_quantized=bool(decoded_notes))
+    base = trained.checkpoint
     renames, rename_note = find_renames(base, adapters)
     contents = plan_tensors(
         base,
@@ -80,6 +83,7 @@ def prepare(config: ExportConfig, *, local_only: bool = False) -> MergePlan:
     )
     if decoded_notes:
         contents.config_edits["quantization_config"] = None
+    contents = encode(contents, config, base=stored, decoded=base)
     if not config.use_kv_cache:
         contents.config_edits["use_cache"] = False
     layout: Layout = "torch_bin" if config.export_legacy_format else "safetensors"
@@ -90,15 +94,17 @@ def prepare(config: ExportConfig, *, local_only: bool = False) -> MergePlan:
         contents.tensors,
         max_shard_bytes=config.max_shard_bytes,
         layout=layout,
-        base_shards={name: tensor.path for name, tensor in base.tensors.items()},
+        base_shards={n: t.path for n, t in (stored.tensors | base.tensors).items()},
     )
     output = _resolve_output(config.export_dir)
     io, shape, io_notes = choose_io(config, base=base_path, output=output)
+    reader_bytes = io.readers * READER_BYTES if decoded_notes else 0
+    reader_bytes += trained.reserve(readers=io.readers, workers=shape.workers)
     memory = plan_memory(
         contents.tensors,
         max_memory=config.max_memory,
         shape=shape,
-        baseline=BASELINE_BYTES + (io.readers * READER_BYTES if decoded_notes else 0),
+        baseline=BASELINE_BYTES + reader_bytes,
     )
     sidecars, notes = _sidecars(config, base, adapters, contents)
     unused = [
@@ -116,16 +122,18 @@ def prepare(config: ExportConfig, *, local_only: bool = False) -> MergePlan:
         io=io,
         shape=shape,
         memory=memory,
-        base_config=base_config,
+        base_config=stored.config,
         notes=(
             *config.notes,
             *decoded_notes,
+            *trained.notes,
             *contents.notes,
             *unused,
             *notes,
             *filter(None, [rename_note]),
             *io_notes,
         ),
+        reader_bytes=reader_bytes,
     )
 
 
@@ -137,7 +145,11 @@ def _decoded(base: Checkpoint, config: ExportConfig) -> tuple[Checkpoint, list[s
         UnsupportedError: They are of a kind that is not decoded.
     """
     section = base.config.get("quantization_config")
-    is_changed = bool(config.adapter_name_or_path) or config.infer_dtype in _DTYPES
+    is_changed = (
+        bool(config.adapter_name_or_path)
+        or config.infer_dtype in _DTYPES
+        or config.encoded_format is not None
+    )
     if not isinstance(section, dict) or not (is_changed or config.allow_dequantize):
         return base, []
     method = section.get("quant_method")

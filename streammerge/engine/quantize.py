@@ -99,12 +99,13 @@ def read_settings(config: ExportConfig) -> QuantizeSettings | None:
     Raises:
         UnsupportedError: No loader could read the result.
     """
-    if config.export_quantization_bit is None:
+    method, bits = config.calibrated_method, config.export_quantization_bit
+    if method is None or bits is None:
         return None
     from streammerge.quantize.config_section import check_format  # noqa: PLC0415 (needs torch)
     from streammerge.quantize.settings import QuantizeSettings  # noqa: PLC0415
 
-    is_awq = config.export_quantization_method == "awq"
+    is_awq = method == "awq"
     if (
         is_awq
         and config.export_quantization_sym
@@ -117,8 +118,8 @@ def read_settings(config: ExportConfig) -> QuantizeSettings | None:
             hint="remove it, or choose the method gptq",
         )
     settings = QuantizeSettings(
-        method=config.export_quantization_method,
-        bits=config.export_quantization_bit,
+        method=method,
+        bits=bits,
         group_size=config.export_quantization_group_size,
         is_symmetric=config.export_quantization_sym and not is_awq,
         desc_act=config.export_quantization_desc_act,
@@ -246,7 +247,7 @@ def foresee(plan: MergePlan, config: ExportConfig) -> str | None:
         UnsupportedError: They are codes already.
     """
     bits, size = config.export_quantization_bit, config.export_quantization_group_size
-    if bits is None:
+    if bits is None or config.calibrated_method is None:
         return None
     _check_base(plan)
     packed, rest, _ = _division(plan, bits=bits, group_size=size)

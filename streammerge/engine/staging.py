@@ -68,10 +68,15 @@ def check_output(output: Path, *, base: Path, adapters: Iterable[Path], overwrit
         )
 
 
-def fingerprint(plan: MergePlan, *, allow_nonfinite: bool = False) -> str:
+def fingerprint(plan: MergePlan, *, allow_nonfinite: bool = False, device: str = "cpu") -> str:
     """Identify a plan and its inputs: equal only if every output shard would be equal.
 
     Inputs are known by path, inode, size and times.
+
+    Args:
+        plan: The plan.
+        allow_nonfinite: Whether NaN and Inf pass.
+        device: The kind of device that merges, whose sums may round otherwise.
     """
     digest = hashlib.sha256()
     files = {path for tensor in plan.tensors for path in tensor.source.paths}
@@ -82,7 +87,9 @@ def fingerprint(plan: MergePlan, *, allow_nonfinite: bool = False) -> str:
         known = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         digest.update(repr((str(path), known)).encode())
     digest.update(
-        repr((__version__, plan.layout, plan.numerics, plan.io.digest, allow_nonfinite)).encode()
+        repr(
+            (__version__, plan.layout, plan.numerics, plan.io.digest, allow_nonfinite, device)
+        ).encode()
     )
     for shard in plan.shards:
         digest.update(repr((shard.name, shard.tensors)).encode())

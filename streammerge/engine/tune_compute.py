@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from streammerge.backends.base import Backend, TargetFactors
 
-__all__ = ["measure_compute"]
+__all__ = ["measure_compute", "measure_cpu"]
 
 _DTYPES = (Dtype.BF16, Dtype.F16, Dtype.F32)
 _RANKS = (16, 64, 256)
@@ -85,6 +85,15 @@ def measure_compute(
     ]
 
 
+def measure_cpu(threads: int, tuning: ComputeTuning) -> float:
+    """Return the GB/s of BF16 weights that threads merge with an adapter of a usual rank."""
+    rank = _RANKS[0]
+    size = tuning.scratch_for(rank)
+    return _measure(Dtype.BF16, rank, threads=min(_MOST_THREADS, threads), runs=1, sizes=(size,))[
+        size
+    ]
+
+
 def _choose(rates: dict[_Cell, float]) -> ComputeTuning:
     """Choose a size per range of ranks; each dtype and rank in it counts the same."""
     default = ComputeTuning()
@@ -103,7 +112,14 @@ def _choose(rates: dict[_Cell, float]) -> ComputeTuning:
     return ComputeTuning(tuple(buckets))
 
 
-def _measure(dtype: Dtype, rank: int, *, threads: int, runs: int) -> dict[int, float]:
+def _measure(
+    dtype: Dtype,
+    rank: int,
+    *,
+    threads: int,
+    runs: int,
+    sizes: tuple[int, ...] = _SCRATCH_BYTES,
+) -> dict[int, float]:
     """Return GB/s for each size of a product, the median of runs in turn."""
     from streammerge.backends.torch_cpu import TorchCpuBackend  # noqa: PLC0415 (a second)
 
@@ -111,7 +127,7 @@ def _measure(dtype: Dtype, rank: int, *, threads: int, runs: int) -> dict[int, f
     tiles = [_tiles(target, seed) for seed in range(threads)]
     backends = {
         size: TorchCpuBackend(numerics="peft", tuning=ComputeTuning(((1 << 30, size),)))
-        for size in _SCRATCH_BYTES
+        for size in sizes
     }
     seconds: dict[int, list[float]] = {size: [] for size in backends}
     with ThreadPoolExecutor(threads) as pool:
@@ -132,8 +148,8 @@ def _apply(
 
     def merge(own: list[Tile]) -> None:
         starting.wait()
-        for tile in own:
-            backend.apply(tile, factors)
+        for _ in backend.apply_block((tile, factors) for tile in own):
+            pass
 
     working = [pool.submit(merge, own) for own in tiles]
     starting.wait()

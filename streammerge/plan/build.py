@@ -16,6 +16,7 @@ from streammerge.adapters.tuners.base import Shared
 from streammerge.adapters.tuners.lora_settings import LoraSettings
 from streammerge.adapters.tuners.trainable_tokens import RowsTerm
 from streammerge.codecs.decoded import DecodedTensor
+from streammerge.codecs.rounded import RoundedTensor
 from streammerge.errors import PlanError
 from streammerge.plan.checks import check_quantized, check_weights
 from streammerge.plan.config_edits import edit_config
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
     from streammerge.plan.place import Placement
 
 __all__ = ["PlanOptions", "TensorPlans", "plan_tensors"]
+
+
+# tensors whose values are no bytes of a file
+_MADE = (DecodedTensor, RoundedTensor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +124,7 @@ class _Builder:
         self._base = base
         self._same_bytes = same_bytes
         self._slots = {
-            name: Slot(t, t.dtype, "decoded" if isinstance(t, DecodedTensor) else "copied")
+            name: Slot(t, t.dtype, "decoded" if isinstance(t, _MADE) else "copied")
             for name, t in base.tensors.items()
         }
         self._edits: dict[str, Any] = {}

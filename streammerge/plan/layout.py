@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Literal
 
 from streammerge.checkpoint.header import encode_header
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from streammerge.checkpoint.header import TensorSpec
     from streammerge.plan.ops import TensorPlan
 
 __all__ = ["Layout", "PlacedTensor", "ShardPlan", "encode_index", "lay_out"]
@@ -21,11 +23,13 @@ Layout = Literal["safetensors", "torch_bin"]
 
 @dataclass(frozen=True, slots=True)
 class PlacedTensor:
-    """A tensor and its place in its shard."""
+    """A weight and its place in its shard."""
 
     tensor: TensorPlan
-    offset: int
-    """In the file for safetensors; through the tensors' data alone for `.bin` files."""
+    offsets: tuple[int, ...]
+    """Of each stored tensor of it; in the file for safetensors, through the tensors' data alone for
+    `.bin` files.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,17 @@ class ShardPlan:
     head: bytes
     """What goes before the data; empty for `.bin` files, whose writer makes it."""
     data_bytes: int
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """What is stored, weight after weight."""
+        return [spec for placed in self.tensors for spec in placed.tensor.specs]
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether its bytes are made in their order in the file."""
+        starts = [offset for placed in self.tensors for offset in placed.offsets]
+        return all(earlier <= later for earlier, later in pairwise(starts))
 
     @property
     def file_bytes(self) -> int:
@@ -75,9 +90,7 @@ def encode_index(shards: Sequence[ShardPlan]) -> str:
     """Return the index file's text; `total_size` counts bytes of tensors."""
     index = {
         "metadata": {"total_size": sum(shard.data_bytes for shard in shards)},
-        "weight_map": {
-            placed.tensor.name: shard.name for shard in shards for placed in shard.tensors
-        },
+        "weight_map": {spec.name: shard.name for shard in shards for spec in shard.specs},
     }
     return json.dumps(index, indent=2, ensure_ascii=False) + "\n"
 
@@ -109,23 +122,26 @@ def _keep(tensors: Sequence[TensorPlan], base_shards: Mapping[str, Path]) -> lis
 
 
 def _place(group: list[TensorPlan], *, name: str, layout: Layout) -> ShardPlan:
+    specs = [spec for tensor in group for spec in tensor.specs]
     position = 0
     is_misaligned = False
-    for tensor in group:
-        is_misaligned |= bool(position % tensor.dtype.item_bytes)
-        position += tensor.nbytes
+    for spec in specs:
+        is_misaligned |= bool(position % spec.dtype.item_bytes)
+        position += spec.nbytes
     if is_misaligned:
         # the format has no padding: wider items first keeps every tensor on its own boundary
-        group = sorted(group, key=lambda tensor: -tensor.dtype.item_bytes)
+        specs.sort(key=lambda spec: -spec.dtype.item_bytes)
     if layout == "torch_bin":
-        head, offsets, at = b"", [], 0
-        for tensor in group:
-            offsets.append(at)
-            at += tensor.nbytes
+        head, offsets = b"", list(accumulate((spec.nbytes for spec in specs), initial=0))[:-1]
     else:
-        head, offsets = encode_header([tensor.spec for tensor in group])
-    placed = tuple(PlacedTensor(*pair) for pair in zip(group, offsets, strict=True))
-    return ShardPlan(name, placed, head, position)
+        head, offsets = encode_header(specs)
+    at = {spec.name: offset for spec, offset in zip(specs, offsets, strict=True)}
+    placed = [PlacedTensor(t, tuple(at[spec.name] for spec in t.specs)) for t in group]
+    if is_misaligned:
+        # in the order of the file; what is empty has the offset of what comes after it
+        order = {spec.name: number for number, spec in enumerate(specs)}
+        placed.sort(key=lambda one: order[one.tensor.specs[0].name])
+    return ShardPlan(name, tuple(placed), head, position)
 
 
 def _shard_name(number: int, count: int, layout: Layout) -> str:

@@ -19,7 +19,7 @@ from streammerge.plan.tiles import MIN_TILE_ROWS, factor_bytes, shared_factor_by
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from streammerge.plan.ops import TensorPlan
+    from streammerge.plan.ops import Encoding, TensorPlan
 
 __all__ = ["BASELINE_BYTES", "MemoryPlan", "RunShape", "plan_memory"]
 
@@ -41,6 +41,8 @@ FACTOR_BYTES = 32 * MIB
 SCRATCH_BUFFERS = 4
 # what the arithmetic of other tuners allocates besides, at most
 TUNER_BUFFERS = 6
+# and what an encoder does: values in float32, their steps, and the codes in words
+ENCODER_BUFFERS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +167,15 @@ def _shrink(sizes: _Sizes, least: _Sizes, *, room: int) -> _Sizes:
     return sizes
 
 
+def _step_of(encoding: Encoding) -> int:
+    """Return the fewest rows that are encoded at a time."""
+    return -(-MIN_TILE_ROWS // encoding.row_step) * encoding.row_step
+
+
 def _needs(tensors: Iterable[TensorPlan], shape: RunShape) -> tuple[int, _Sizes, _Sizes]:
     """Return the number of records, the least sizes that work, and those wanted."""
     slab, scratch, wanted_scratch, largest, shared, count = MIN_SLAB_BYTES, 0, 0, 0, 0, 0
-    buffers = SCRATCH_BUFFERS
+    buffers, extra = SCRATCH_BUFFERS, 0
     for whole in tensors:
         count += 1 + len(whole.terms) + len(unique_factors(whole.terms))
         for tensor in whole.parts():
@@ -176,7 +183,8 @@ def _needs(tensors: Iterable[TensorPlan], shape: RunShape) -> tuple[int, _Sizes,
                 continue
             # a short tail joins the tile before it, so a tile may be a few rows longer than its
             # size
-            rows = min(2 * MIN_TILE_ROWS, tensor.rows)
+            step = MIN_TILE_ROWS if tensor.encoding is None else _step_of(tensor.encoding)
+            rows = min(step + MIN_TILE_ROWS, tensor.rows)
             widest = max(tensor.source.dtype.item_bytes, tensor.dtype.item_bytes)
             slab = max(slab, rows * tensor.columns * widest)
             compute = 8 if tensor.op.work_dtype is Dtype.F64 else 4
@@ -186,6 +194,9 @@ def _needs(tensors: Iterable[TensorPlan], shape: RunShape) -> tuple[int, _Sizes,
             shared = max(shared, shared_factor_bytes(tensor))
             if any(isinstance(term, TunerTerm) for term in tensor.terms):
                 buffers = SCRATCH_BUFFERS + TUNER_BUFFERS
+            if tensor.encoding is not None:
+                extra = max(extra, ENCODER_BUFFERS)
+    buffers += extra
     slab += -slab % 4096
     # of two targets at a time, so that one is loaded while the other is merged
     least = _Sizes(slab, MIN_SLAB_COUNT, 1, scratch, buffers, 2 * largest, 0)

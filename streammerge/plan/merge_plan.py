@@ -39,6 +39,8 @@ class MergePlan:
     """The buffers that it will have."""
     base_config: dict[str, Any]
     notes: tuple[str, ...]
+    reader_bytes: int = 0
+    """What readers hold that make values of what they read; `memory` has it."""
 
     @property
     def tensors(self) -> tuple[TensorPlan, ...]:

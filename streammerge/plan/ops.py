@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from math import prod
+from math import lcm, prod
 from typing import TYPE_CHECKING, Literal
 
 from streammerge.adapters.terms import BiasTerm, LoraTerm, Region, Term, TunerTerm
@@ -13,10 +13,12 @@ from streammerge.checkpoint.header import StoredTensor, TensorSpec
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from streammerge.codecs.base import Codec, CodedWeight, Encoder
     from streammerge.dtypes import Dtype
 
-__all__ = ["ApplyTerms", "BiasTerm", "Change", "CopyBytes", "LoraTerm", "Numerics", "Op",
-           "TensorPlan", "Term", "TunerTerm", "rank_of", "unique_factors"]  # fmt: skip
+__all__ = ["ApplyTerms", "BiasTerm", "Change", "CopyBytes", "Encoding", "LoraTerm", "Numerics",
+           "Op", "TensorPlan", "Term", "TunerTerm", "kind_of", "rank_of",
+           "unique_factors"]  # fmt: skip
 
 Numerics = Literal["peft", "fp32"]
 Change = Literal["copied", "decoded", "cast", "merged", "replaced", "added", "quantized"]
@@ -43,15 +45,57 @@ Op = CopyBytes | ApplyTerms
 
 
 @dataclass(frozen=True, slots=True)
+class Encoding:
+    """How a weight is stored as codes, several tensors of them."""
+
+    codec: Codec
+    dtype: Dtype
+    """Of the values that are encoded."""
+    weight: CodedWeight
+    """The layout. Its first part holds the codes, row after row; the others describe these."""
+    row_step: int
+    """Multiples of this are where rows may be divided."""
+    held_bytes: int
+    """What has to be in memory from the weight's first row to its last."""
+    together: tuple[TensorPlan, ...] = ()
+    """Other weights that loaders join with it, so that a scale of the whole has to be the same."""
+
+    @classmethod
+    def of(cls, codec: Codec, tensor: TensorPlan) -> Encoding:
+        """Return how a codec stores a tensor.
+
+        Raises:
+            UnsupportedError: It cannot.
+        """
+        encoder = codec.encoder(tensor.name, tensor.shape, tensor.dtype)
+        parts = encoder.weight.parts
+        step = lcm(encoder.row_step, encoder.weight.row_step)
+        held = encoder.held_bytes + sum(part.tensor.nbytes for part in parts[1:])
+        return cls(codec, tensor.dtype, encoder.weight, step, held)
+
+    def encoder(self) -> Encoder:
+        """Return an encoder that has seen nothing yet."""
+        return self.codec.encoder(self.weight.name, self.weight.shape, self.dtype)
+
+    def code_bytes(self, begin: int, end: int) -> int:
+        """Return the bytes of the codes of rows."""
+        role = self.weight.parts[0].role
+        return sum(e.total_bytes for e in self.weight.extents(begin, end) if e.role == role)
+
+
+@dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """One output tensor: where it comes from, what is done to it, how it is stored."""
+    """One output weight: where it comes from, what is done to it, how it is stored."""
 
     name: str
     dtype: Dtype
+    """Of its values."""
     source: StoredTensor
     """In the base, or in an adapter that replaces or adds the tensor."""
     op: Op
     change: Change
+    encoding: Encoding | None = None
+    """How its values are stored; None as they are, in one tensor of its name."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -140,9 +184,17 @@ class TensorPlan:
         )
 
     @property
-    def spec(self) -> TensorSpec:
-        """What is stored."""
+    def output(self) -> TensorSpec:
+        """Its values, however they are stored."""
         return TensorSpec(self.name, self.dtype, self.shape)
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """What is stored."""
+        if self.encoding is None:
+            return (self.output,)
+        parts = [part.tensor for part in self.encoding.weight.parts]
+        return tuple(TensorSpec(part.name, part.dtype, part.shape) for part in parts)
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -152,12 +204,18 @@ class TensorPlan:
     @property
     def nbytes(self) -> int:
         """Bytes of the output."""
-        return self.spec.nbytes
+        return sum(spec.nbytes for spec in self.specs)
 
 
 def rank_of(tensor: TensorPlan) -> int:
     """Return the highest rank among a target's terms; 0 without one."""
     return max((term.rank for term in tensor.terms if isinstance(term, LoraTerm)), default=0)
+
+
+def kind_of(name: str) -> str:
+    """Return a tensor's name without its layer: `q_proj`, `lm_head`."""
+    parts = [part for part in name.split(".") if not part.isdigit()]
+    return parts[-2] if parts[-1] == "weight" and len(parts) > 1 else ".".join(parts[-2:])
 
 
 def unique_factors(terms: Iterable[Term]) -> list[StoredTensor]:

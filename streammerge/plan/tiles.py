@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from streammerge.adapters.terms import Factor
     from streammerge.checkpoint.header import StoredTensor
     from streammerge.checkpoint.reader import ReadableFile
-    from streammerge.plan.layout import ShardPlan
+    from streammerge.plan.layout import PlacedTensor, ShardPlan
     from streammerge.plan.ops import TensorPlan
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Block",
     "MergeTile",
     "Segment",
+    "SidePiece",
     "cut_shard",
     "factor_bytes",
     "is_scattered",
@@ -71,6 +72,19 @@ class MergeTile:
 
 
 @dataclass(frozen=True, slots=True)
+class SidePiece:
+    """A piece of what describes the codes of a weight, known when all of its rows are encoded."""
+
+    target: TensorPlan
+    part: int
+    """Which of the weight's parts."""
+    begin: int
+    """First byte of the part."""
+    is_last: bool
+    """Whether nothing of the weight comes after it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Block:
     """Neighbours in an output shard, which travel together: bytes that pass through, and tiles."""
 
@@ -81,6 +95,8 @@ class Block:
     segments: tuple[Segment, ...]
     """What is read, in ascending order of its place in the buffer."""
     tiles: tuple[MergeTile, ...]
+    side: SidePiece | None = None
+    """What it is instead of rows."""
 
 
 def split_rows(begin: int, end: int, step: int) -> list[tuple[int, int]]:
@@ -103,6 +119,9 @@ def factor_bytes(tensor: TensorPlan) -> int:
         return 0
     item = 8 if tensor.op.work_dtype is Dtype.F64 else 4
     total = 0
+    if tensor.encoding is not None:
+        others = tensor.encoding.together
+        total = tensor.encoding.held_bytes + sum(factor_bytes(other) for other in others)
     whole: list[StoredTensor] = []
     for term in tensor.terms:
         total += term.work_bytes(tensor.shape)
@@ -149,15 +168,24 @@ def cut_shard(shard: ShardPlan, *, slab_bytes: int, max_factor_bytes: int) -> It
     """
     blocks = 0
     cutter = _Cutter(slab_bytes, max_factor_bytes, start=len(shard.head))
-    for tensor in (part for placed in shard.tensors for part in placed.tensor.parts()):
-        if not tensor.nbytes:
-            continue
-        is_copy = isinstance(tensor.op, CopyBytes)
-        for block in cutter.copy(tensor) if is_copy else cutter.merge(tensor):
+    for placed in shard.tensors:
+        for block in _blocks(cutter, placed):
             blocks += 1
             yield block
     if cutter.output_bytes or not blocks:
         yield cutter.close()
+
+
+def _blocks(cutter: _Cutter, placed: PlacedTensor) -> Iterator[Block]:
+    """Yield the blocks that are full with a weight."""
+    if placed.tensor.encoding is not None:
+        yield from cutter.encode(placed)
+        return
+    yield from cutter.move_to(placed.offsets[0])
+    for part in placed.tensor.parts():
+        if part.nbytes:
+            is_copy = isinstance(part.op, CopyBytes)
+            yield from cutter.copy(part) if is_copy else cutter.merge(part)
 
 
 @dataclass(slots=True)
@@ -184,6 +212,49 @@ class _Cutter:
         self._parts: list[_Part] = []
         self._has_copies = False
         self.output_bytes = self._source_bytes = self._lead = self._factor_bytes = 0
+
+    def move_to(self, offset: int) -> Iterator[Block]:
+        """Go on at a place in the file."""
+        if self._start + self.output_bytes == offset:
+            return
+        if self._parts:
+            yield self.close()
+        self._start = offset
+
+    def encode(self, placed: PlacedTensor) -> Iterator[Block]:
+        """Yield a weight that is stored as codes: its rows, then what describes them."""
+        target, encoding = placed.tensor, placed.tensor.encoding
+        assert encoding is not None
+        if self._parts:
+            yield self.close()
+        row = target.source.dtype.nbytes(target.columns)
+        # a short tail may join the last tile
+        count = self._slab_bytes // max(row, 1) - (MIN_TILE_ROWS - 1)
+        count -= count % encoding.row_step
+        if target.source.nbytes <= self._slab_bytes:
+            count = max(1, target.rows)
+        if count <= 0:
+            msg = f"{encoding.row_step} rows of {target.name} do not fit a block"
+            raise ValueError(msg)
+        at = placed.offsets[0]
+        for begin, end in split_rows(0, target.rows, count):
+            source = Segment(
+                target.source.file, target.source.offset + begin * row, 0, (end - begin) * row
+            )
+            nbytes = encoding.code_bytes(begin, end)
+            yield Block(at, nbytes, (source,), (MergeTile(target, begin, end, 0, 0),))
+            at += nbytes
+        yield from self._sides(placed)
+        self._start = placed.offsets[-1] + target.specs[-1].nbytes
+
+    def _sides(self, placed: PlacedTensor) -> Iterator[Block]:
+        specs = placed.tensor.specs
+        for number, spec in enumerate(specs[1:], start=1):
+            for begin in range(0, spec.nbytes, self._slab_bytes):
+                nbytes = min(self._slab_bytes, spec.nbytes - begin)
+                is_last = number == len(specs) - 1 and begin + nbytes == spec.nbytes
+                side = SidePiece(placed.tensor, number, begin, is_last)
+                yield Block(placed.offsets[number] + begin, nbytes, (), (), side)
 
     def copy(self, tensor: TensorPlan) -> Iterator[Block]:
         """Add bytes that pass through; they may be cut anywhere."""

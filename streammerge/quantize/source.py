@@ -18,6 +18,8 @@ from streammerge.plan.tiles import split_rows
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from streammerge.backends.base import SourceReader
+    from streammerge.checkpoint.header import StoredTensor
     from streammerge.plan.merge_plan import MergePlan
     from streammerge.plan.ops import TensorPlan
 
@@ -91,7 +93,7 @@ class MergedSource:
             target = found
         result = torch.empty(target.shape, dtype=dtype or torch_dtype(target.dtype))
         flat = result.view(target.rows, target.columns)
-        for begin, piece in self._pieces(target):
+        for begin, piece in self._pieces(target, 0, target.rows):
             flat[begin : begin + len(piece)] = piece
         return result
 
@@ -104,41 +106,49 @@ class MergedSource:
         finally:
             torch.set_num_threads(self._threads)
 
-    def pieces(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+    def pieces(
+        self, name: str, begin: int = 0, end: int | None = None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield the first row and the values of one piece of rows after the other.
 
         Rows are those that the plan cuts tiles of. A piece is overwritten by the next.
 
+        Args:
+            name: Of the tensor.
+            begin: First row.
+            end: Row after the last; by default all rows.
+
         Raises:
             NonFiniteError: The merge gives NaN or Inf.
         """
-        yield from self._pieces(self._tensors[name])
+        target = self._tensors[name]
+        yield from self._pieces(target, begin, target.rows if end is None else end)
 
-    def _pieces(self, target: TensorPlan) -> Iterator[tuple[int, torch.Tensor]]:
+    def _pieces(
+        self, target: TensorPlan, first: int, last: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
         source_row = target.source.dtype.nbytes(target.columns)
         output_row = target.dtype.nbytes(target.columns)
         step = max(4, PIECE_BYTES // max(source_row, output_row, 1))
-        factors = None
+        factors, read = None, self._reader_of(target.source)
         if not isinstance(target.op, CopyBytes):
             raw = {}
             for factor in unique_factors(target.terms):
                 raw[factor] = bytearray(factor.nbytes)
                 self._readers.read_tensor(factor, memoryview(raw[factor]))
             with self._alone():
-                factors = self._backend.load_factors(
-                    target, raw, lambda offset, view: self._read(target, offset, view)
-                )
-        buffer = bytearray(min(target.rows, step + 3) * max(source_row, output_row))
-        for begin, end in split_rows(0, target.rows, step):
+                factors = self._backend.load_factors(target, raw, read)
+        buffer = bytearray(min(last - first, step + 3) * max(source_row, output_row))
+        for begin, end in split_rows(first, last, step):
             rows = end - begin
             # the source at the end of the buffer, so that wider results never reach unread rows
             at = rows * max(source_row, output_row) - rows * source_row
             view = memoryview(buffer)
-            self._read(target, begin * source_row, view[at : at + rows * source_row])
+            read(begin * source_row, view[at : at + rows * source_row])
             if factors is not None:
                 tile = Tile(target, begin, end, view, output_offset=0, source_offset=at)
                 with self._alone():
-                    is_finite = self._backend.apply(tile, factors)
+                    is_finite = all(self._backend.apply_block([(tile, factors)]))
                 if not is_finite:
                     raise NonFiniteError(
                         f"merged tensor '{target.name}' holds NaN or Inf",
@@ -170,8 +180,11 @@ class MergedSource:
             found[first:last] = piece[indices[first:last] - begin]
         return found
 
-    def _read(self, target: TensorPlan, offset: int, view: memoryview) -> None:
-        source = target.source
-        reader = self._readers.reader(source.file)
-        reader.read_into(source.offset + offset, view)
-        reader.forget(source.offset + offset, len(view))
+    def _reader_of(self, own: StoredTensor) -> SourceReader:
+        def read(offset: int, buffer: memoryview, source: StoredTensor | None = None) -> None:
+            tensor = own if source is None else source
+            reader = self._readers.reader(tensor.file)
+            reader.read_into(tensor.offset + offset, buffer)
+            reader.forget(tensor.offset + offset, len(buffer))
+
+        return read

@@ -41,6 +41,11 @@ class ExportReport:
     quantization: dict[str, Any] | None = None
     """Method, bits, what was calibrated on, and the relative error of each linear's outputs."""
 
+    deltas: dict[str, dict[str, float]] | None = None
+    """By kind of module, what share of the adapters' deltas the written codes hold (`kept`), and
+    the codes' error in units of the delta (`noise`); None if no merged weight is stored as codes.
+    """
+
     def to_dict(self) -> dict[str, Any]:
         """Give the report as JSON types."""
         return asdict(self)

@@ -113,6 +113,7 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 def encode(codec: Codec, weight: torch.Tensor, *, rows: int) -> dict[str, bytes]:
     encoder = codec.encoder(NAME, tuple(weight.shape), DTYPES[weight.dtype])
+    encoder.begin()
     stored = {part.role: bytearray(part.tensor.nbytes) for part in encoder.weight.parts}
     step = -(-rows // encoder.row_step) * encoder.row_step
     cuts = [(at, min(at + step, len(weight))) for at in range(0, len(weight), step)]

@@ -94,6 +94,7 @@ def encode(
     """Return the stored tensors of a weight, and what they decode to as a whole."""
     codec = find_codec(section, Dtype.BF16)
     encoder = codec.encoder(name, tuple(weight.shape), Dtype.BF16)
+    encoder.begin()
     if encoder.needs_scan:
         encoder.scan(0, len(weight), weight)
     found = {**encoder.encode(0, len(weight), weight), **encoder.finish()}

@@ -78,8 +78,8 @@ def test_offsets_are_contiguous_and_aligned(
         position = len(shard.head)
         assert position % 4096 == 0
         for placed in shard.tensors:
-            assert placed.offset == position
-            assert placed.offset % placed.tensor.dtype.item_bytes == 0
+            assert placed.offsets[0] == position
+            assert placed.offsets[0] % placed.tensor.dtype.item_bytes == 0
             position += placed.tensor.nbytes
         assert position == shard.file_bytes
 
@@ -92,7 +92,7 @@ def test_heads_say_where_the_tensors_are(tensors: list[TensorPlan], limit: int) 
         )
         assert metadata == {"format": "pt"}
         assert {(t.name, t.dtype, t.shape, t.offset) for t in found} == {
-            (p.tensor.name, p.tensor.dtype, p.tensor.shape, p.offset) for p in shard.tensors
+            (p.tensor.name, p.tensor.dtype, p.tensor.shape, p.offsets[0]) for p in shard.tensors
         }
 
 

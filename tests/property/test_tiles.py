@@ -214,7 +214,7 @@ def merge(block: Block, slots: Slots) -> None:
 def wanted_bytes(shard: ShardPlan) -> Slots:
     wanted: Slots = []
     for placed in shard.tensors:
-        assert placed.offset == len(shard.head) + len(wanted)
+        assert placed.offsets[0] == len(shard.head) + len(wanted)
         for tensor in placed.tensor.parts():
             if is_target(tensor):
                 row = tensor.nbytes // tensor.rows

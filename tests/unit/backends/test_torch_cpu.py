@@ -859,11 +859,14 @@ def test_a_scalar_and_a_vector_are_cast() -> None:
         assert torch.equal(got, weight.bfloat16().view(count))
 
 
-def test_cuda_has_no_backend() -> None:
+def test_cuda_needs_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streammerge.backends.select.missing_driver", lambda: "no driver")
     check_device("cpu")
     check_device("auto")
-    with pytest.raises(UnsupportedError, match="cuda has no backend"):
+    with pytest.raises(UnsupportedError, match="cuda needs a GPU; got no driver"):
         check_device("cuda")
+    monkeypatch.setattr("streammerge.backends.select.missing_driver", lambda: None)
+    check_device("cuda")
 
 
 def test_select_gives_the_cpu_backend() -> None:

@@ -78,6 +78,7 @@ class Bench:
         stored = {part.role: bytearray(part.tensor.nbytes) for part in encoder.weight.parts}
         ends = sorted({*cuts, len(weight)} - {0})
         tiles = list(zip([0, *ends], ends, strict=False))
+        encoder.begin()
         if encoder.needs_scan:
             for begin, end in reversed(tiles):
                 encoder.scan(begin, end, weight[begin:end])

@@ -23,7 +23,7 @@ from streammerge.plan.ops import ApplyTerms, BiasTerm, LoraTerm, TensorPlan, uni
 from streammerge.plan.tiles import MergeTile, factor_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from streammerge.backends.base import SourceReader
@@ -56,8 +56,8 @@ class Backend:
         assert set(raw) == set(unique_factors(target.terms))
         return object()
 
-    def apply(self, *_: object) -> bool:
-        return True
+    def apply_block(self, tiles: Iterable[object]) -> Iterator[bool]:
+        return (True for _ in tiles)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from streammerge.plan.memory import MemoryPlan
 from streammerge.plan.ops import ApplyTerms, BiasTerm, CopyBytes, LoraTerm, TensorPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from streammerge.backends.base import SourceReader, Tile
     from streammerge.checkpoint.slab import Slab
@@ -81,6 +81,10 @@ class Backend:
         self.targets[target.name] = bytearray(target.source.nbytes)
         read_source(0, memoryview(self.targets[target.name]))
         return raw
+
+    def apply_block(self, tiles: Iterable[tuple[Tile, Any]]) -> Iterator[bool]:
+        for tile, factors in tiles:
+            yield self.apply(tile, factors)
 
     def apply(self, tile: Tile, factors: Any) -> bool:
         self._fail("apply")

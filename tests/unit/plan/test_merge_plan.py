@@ -152,7 +152,12 @@ def test_records_say_what_they_hold() -> None:
     assert merged.shape == (4, 6)
     assert (merged.rows, merged.columns) == (4, 6)
     assert merged.nbytes == 96
-    assert (merged.spec.name, merged.spec.dtype, merged.spec.shape) == ("w", Dtype.F32, (4, 6))
+    assert merged.specs == (merged.output,)
+    assert (merged.output.name, merged.output.dtype, merged.output.shape) == (
+        "w",
+        Dtype.F32,
+        (4, 6),
+    )
     assert added.terms == ()
     vector = stored("v", Dtype.F32, 4)
     assert BiasTerm(vector, 1.0).factors == (vector,)
