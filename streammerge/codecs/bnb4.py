@@ -217,7 +217,11 @@ class Bnb4Codec(Codec):
             block=self.block,
             nested_offset=0.0 if self.is_nested else None,
         )
-        length = len(_state_json(weight)) + (OFFSET_CHARS - len("0.0") if self.is_nested else 0)
+        length = len(_state_json(weight))
+        if self.is_nested:
+            length += OFFSET_CHARS - len("0.0")
+            # in whole words, so that what comes next in the file is aligned
+            length += -length % 8
         specs.append(("quant_state", f"{name}{_STATE}{self.quant_type}", Dtype.U8, (length,)))
         parts = tuple(
             Part(role, TensorSpec(full, stored, size)) for role, full, stored, size in specs

@@ -60,6 +60,13 @@ class DecodedTensor(StoredTensor):
 
     weight: CodedWeight
 
+    @classmethod
+    def of(cls, weight: CodedWeight) -> DecodedTensor:
+        """Return what a weight stands for, as if it were where its first part is."""
+        first = weight.parts[0].tensor
+        assert isinstance(first, StoredTensor)
+        return cls(weight.name, weight.dtype, weight.shape, first.path, 0, weight)
+
     @property
     def file(self) -> DecodedFile:
         """What a reader opens."""
@@ -77,6 +84,18 @@ class DecodedTensor(StoredTensor):
         return tuple(dict.fromkeys(t.path for t in found if isinstance(t, StoredTensor)))
 
 
+def read_whole(pool: ReaderPool) -> Callable[[Stored], bytes]:
+    """Return what reads the few small tensors that hold shapes."""
+
+    def read(tensor: Stored) -> bytes:
+        assert isinstance(tensor, StoredTensor)
+        buffer = bytearray(tensor.nbytes)
+        pool.read_tensor(tensor, memoryview(buffer))
+        return bytes(buffer)
+
+    return read
+
+
 def decode_checkpoint(
     base: Checkpoint, codec: Codec, pool: ReaderPool, *, is_turned: Callable[[str], bool]
 ) -> Checkpoint:
@@ -92,14 +111,7 @@ def decode_checkpoint(
         CheckpointError: Codes are not complete, or do not fit together.
         UnsupportedError: A weight is stored in a variety that cannot be decoded.
     """
-
-    def read(tensor: Stored) -> bytes:
-        assert isinstance(tensor, StoredTensor)
-        buffer = bytearray(tensor.nbytes)
-        pool.read_tensor(tensor, memoryview(buffer))
-        return bytes(buffer)
-
-    found = codec.find(base.tensors.values(), read)
+    found = codec.find(base.tensors.values(), read_whole(pool))
     # where its first part is, so that the order of the file is kept
     firsts = {weight.parts[0].tensor.name: weight for weight in found.weights}
     plain = {tensor.name for tensor in found.plain}
@@ -109,9 +121,7 @@ def decode_checkpoint(
             weight = firsts[name]
             if is_turned(weight.name):
                 weight = TurnedWeight.of(weight)
-            tensors[weight.name] = DecodedTensor(
-                weight.name, weight.dtype, weight.shape, tensor.path, 0, weight
-            )
+            tensors[weight.name] = DecodedTensor.of(weight)
         elif name in plain and not name.endswith(_OF_ACTIVATIONS):
             tensors[name] = tensor
     return replace(base, tensors=tensors)

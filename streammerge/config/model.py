@@ -91,7 +91,7 @@ class ExportConfig(BaseModel):
     """Write `pytorch_model*.bin` instead of safetensors."""
     export_quantization_bit: Literal[2, 3, 4, 8] | None = None
     export_quantization_dataset: str | None = None
-    export_quantization_method: CalibratedName | FormatName = "gptq"
+    export_quantization_method: Literal[CalibratedName, FormatName] = "gptq"
     """`gptq`, `awq` and `rtn` need a number of bits and a dataset; formats need neither."""
     export_quantization_group_size: Annotated[int, Field(ge=-1)] = 128
     """Inputs per scale; -1 for one scale per row."""

@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from streammerge.checkpoint.index import open_checkpoint
+from streammerge.checkpoint.header import read_header
 from streammerge.checkpoint.reader import ReaderPool
-from streammerge.codecs.decoded import decode_checkpoint
+from streammerge.codecs.decoded import DecodedTensor, read_whole
 from streammerge.codecs.registry import find_codec
 from streammerge.plan.ops import kind_of
 
@@ -91,7 +91,7 @@ def measure_deltas(plan: MergePlan, folder: Path) -> dict[str, DeltaShare]:
     contents = replace(plan.contents, tensors=plain)
     merge_plan = replace(plan, contents=contents)
     with MergedSource(merge_plan) as merge, ReaderPool(mode="buffered") as pool:
-        written = _decode(folder, pool)
+        written = _decode(plan, folder, pool)
         for target in targets:
             begin = max(0, (target.rows - SAMPLE_ROWS) // 2)
             end = min(target.rows, begin + SAMPLE_ROWS)
@@ -114,10 +114,15 @@ def _sample(targets: Sequence[TensorPlan]) -> list[TensorPlan]:
     ]
 
 
-def _decode(folder: Path, pool: ReaderPool) -> dict[str, StoredTensor]:
-    checkpoint = open_checkpoint(folder)
-    codec = find_codec(checkpoint.config["quantization_config"])
-    return decode_checkpoint(checkpoint, codec, pool, is_turned=lambda _: False).tensors
+def _decode(plan: MergePlan, folder: Path, pool: ReaderPool) -> dict[str, DecodedTensor]:
+    """Return the weights that written codes stand for."""
+    section = plan.contents.config_edits.get("quantization_config")
+    codec = find_codec(section or plan.base_config["quantization_config"])
+    tensors = [tensor for shard in plan.shards for tensor in read_header(folder / shard.name)[0]]
+    return {
+        weight.name: DecodedTensor.of(weight)
+        for weight in codec.find(tensors, read_whole(pool)).weights
+    }
 
 
 def _rows(tensor: StoredTensor, rows: tuple[int, int], pool: ReaderPool) -> torch.Tensor:
