@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
+from streammerge.errors import MemoryBudgetError
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 __all__ = ["CudaRuntime"]
 
@@ -34,11 +37,12 @@ class CudaRuntime:
 
     def device(self, nbytes: int) -> torch.Tensor:
         """Allocate bytes on the GPU; torch aligns them to 512."""
-        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        with self._on(torch.cuda.current_stream(self._device)):
+            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def upload(self, stream: torch.cuda.Stream, values: torch.Tensor) -> torch.Tensor:
         """Queue a copy of a tensor to new memory; CUDA stages memory that is not pinned."""
-        with torch.cuda.stream(stream):
+        with self._on(stream):
             return values.to(self._device, non_blocking=True)
 
     def copy(self, stream: torch.cuda.Stream, target: torch.Tensor, source: torch.Tensor) -> None:
@@ -48,8 +52,22 @@ class CudaRuntime:
 
     def launch(self, stream: torch.cuda.Stream, function: Callable[[], None]) -> None:
         """Call a function with the stream as the current one."""
-        with torch.cuda.stream(stream):
+        with self._on(stream):
             function()
+
+    @contextmanager
+    def _on(self, stream: torch.cuda.Stream) -> Iterator[None]:
+        """Make a stream the current one, and a lack of memory an error of ours."""
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        except torch.cuda.OutOfMemoryError as error:
+            raise MemoryBudgetError(
+                "a GPU is out of memory",
+                where=self.name,
+                got=" ".join(str(error).split())[:200],
+                hint="set a smaller max_device_memory, or export_device: cpu",
+            ) from error
 
     def record(self, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
         """Let an event stand for what was queued on a stream."""

@@ -127,7 +127,7 @@ class Ring:
         host, device = (take(slots * 2 * slot_bytes) for take in (runtime.host, runtime.device))
         for parts in zip(host.chunk(slots), device.chunk(slots), strict=True):
             self._free.put(_Slot(runtime, *parts))
-        # compilers of kernels keep what they compiled in tables of the process
+        # so that no kernel is compiled twice, and one block has intermediate values at a time
         self._launching = threading.Lock()
 
     def upload(self, values: torch.Tensor) -> torch.Tensor:

@@ -136,15 +136,18 @@ class GpuBackend:
             _Device(number, Ring(runtime, slots=memory.slots, slot_bytes=memory.slot_bytes))
             for number, runtime in enumerate(runtimes)
         ]
+        self._names = ", ".join(dict.fromkeys(runtime.name for runtime in runtimes))
         self._local = threading.local()
         self._counting = threading.Lock()
         self._threads = 0
         self._places: Counter[Place] = Counter()
 
     def close(self) -> None:
-        """Wait for the devices, and give back what the CPU's backend took."""
+        """Wait for the devices, and give back their memory, and what the CPU's backend took."""
         for device in self._devices:
             device.ring.close()
+        self._devices.clear()
+        self._local = threading.local()
         self._cpu.close()
 
     def notes(self) -> list[str]:
@@ -155,8 +158,7 @@ class GpuBackend:
             + (f" ({place.reason})" if place.reason else "")
             for place in places
         ]
-        names = dict.fromkeys(device.ring.runtime.name for device in self._devices)
-        return [f"merged with {', '.join(names)}: {', '.join(counts)}"] if counts else []
+        return [f"merged with {self._names}: {', '.join(counts)}"] if counts else []
 
     def load_factors(
         self,

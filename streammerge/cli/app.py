@@ -245,6 +245,42 @@ def evaluate(  # noqa: PLR0913, PLR0917 (the options of the command)
     _guard(run, as_json=as_json, debug=debug)
 
 
+@app.command(name="compare-bases", context_settings=_OVERRIDES)
+def compare_bases(  # noqa: PLR0913, PLR0917 (the options of the command)
+    context: typer.Context,
+    config: Annotated[str | None, typer.Argument(help=_CONFIG_HELP)] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 file: measure the perplexity of both merges on it.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of the text that count; all by default.")
+    ] = None,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 1024,
+    as_json: _Json = False,
+    debug: _Debug = False,
+) -> None:
+    """Compare merges of CONFIG onto the base as it is and onto its NF4 codes, as QLoRA trained.
+
+    Nothing is written. It says how far the two bases are apart, in units of what the adapter adds,
+    and what of that is there after rounding.
+    """
+
+    def run() -> None:
+        from streammerge.cli.render_bases import show_bases
+        from streammerge.engine.compare import compare_bases as run_compare
+        from streammerge.engine.evaluate import EvaluateOptions
+
+        report = run_compare(
+            _load(config, context.args),
+            text=text,
+            options=EvaluateOptions(max_tokens, length),
+            progress=_print_progress,
+        )
+        _print_json(report.to_dict()) if as_json else show_bases(report)
+
+    _guard(run, as_json=as_json, debug=debug)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""

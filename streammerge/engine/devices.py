@@ -9,7 +9,6 @@ from streammerge.backends.gpus import find_gpus, missing_driver
 from streammerge.backends.select import GpuRoom, no_gpu, select_backend, select_gpu_backend
 from streammerge.config.profile import MachineProfile, load_profile, save_profile
 from streammerge.errors import ConfigError
-from streammerge.plan.ops import ApplyTerms
 
 if TYPE_CHECKING:
     from streammerge.backends.base import Backend
@@ -40,6 +39,10 @@ class Devices:
         """What the bits of the output depend on."""
         return "cpu" if self.gpus is None else "gpu"
 
+    def serving(self, plan: MergePlan) -> Devices:
+        """Return them for another plan, such as one whose weights are quantized by now."""
+        return replace(self, plan=plan, gpus=self.gpus if _has_work(plan) else None)
+
     def open(self, memory: MemoryPlan) -> Backend:
         """Start the backend. Imports torch."""
         numerics, tuning = self.plan.numerics, self.plan.shape.compute
@@ -67,8 +70,7 @@ def choose_devices(plan: MergePlan, settings: ExportConfig) -> Devices:
         UnsupportedError: `cuda` was asked for, and there is no GPU.
     """
     devices = Devices(plan, settings.max_device_memory)
-    is_merge = any(isinstance(t.op, ApplyTerms) and t.op.terms for t in plan.tensors)
-    if settings.export_device == "cpu" or not is_merge:
+    if settings.export_device == "cpu" or not _has_work(plan):
         return devices
     found = missing_driver() or find_gpus()
     if isinstance(found, str):
@@ -92,6 +94,11 @@ def choose_devices(plan: MergePlan, settings: ExportConfig) -> Devices:
     devices.gpus = found
     devices.said += found.notes
     return devices
+
+
+def _has_work(plan: MergePlan) -> bool:
+    """Tell whether a plan has anything that a GPU merges."""
+    return any(tensor.terms and tensor.encoding is None for tensor in plan.tensors)
 
 
 def _measure(

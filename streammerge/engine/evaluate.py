@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
     import torch
 
+    from streammerge.config import ExportConfig
     from streammerge.plan.merge_plan import MergePlan
     from streammerge.quantize.skeleton import Skeleton
     from streammerge.quantize.source import MergedSource
 
-__all__ = ["EvaluateOptions", "EvaluationReport", "evaluate"]
+__all__ = ["EvaluateOptions", "EvaluationReport", "evaluate", "evaluate_merge"]
 
 # more characters than most tokens have
 _TOKEN_CHARS = 8
@@ -102,6 +103,36 @@ def evaluate(
     Raises:
         StreamMergeError: The checkpoint cannot be evaluated, or needs more memory.
     """
+    options = options or EvaluateOptions()
+    values: dict[str, Any] = {
+        "model_name_or_path": checkpoint,
+        "adapter_name_or_path": list(adapters),
+        # nothing is written there
+        "export_dir": str(options.work_folder or tempfile.gettempdir()),
+    }
+    if options.max_memory is not None:
+        values["max_memory"] = options.max_memory
+    return evaluate_merge(parse_config(values), text, options=options, progress=progress)
+
+
+def evaluate_merge(
+    config: ExportConfig,
+    text: Path,
+    *,
+    options: EvaluateOptions | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> EvaluationReport:
+    """Measure the perplexity of what an export would write, and write nothing that stays.
+
+    Args:
+        config: The export, without a quantization.
+        text: UTF-8 file.
+        options: How much of the text is looked at; the memory is the configuration's.
+        progress: Told each layer.
+
+    Raises:
+        StreamMergeError: The merge cannot be evaluated, or needs more memory.
+    """
     from streammerge.quantize.evaluate import Evaluator  # noqa: PLC0415 (needs torch)
     from streammerge.quantize.heap import return_freed_memory  # noqa: PLC0415 (is beside it)
     from streammerge.quantize.source import MergedSource  # noqa: PLC0415
@@ -112,25 +143,23 @@ def evaluate(
         raise ConfigError("length and max_tokens are 2 or more")
     require_models()
     return_freed_memory()
+    # what is quantized is measured by what its codes stand for
+    config = config.model_copy(update={"allow_dequantize": True})
     with tempfile.TemporaryDirectory(prefix="streammerge-eval-", dir=options.work_folder) as name:
         folder = Path(name)
-        values: dict[str, Any] = {
-            "model_name_or_path": checkpoint,
-            "adapter_name_or_path": list(adapters),
-            "export_dir": str(folder / "none"),
-            # what is quantized is measured by what its codes stand for
-            "allow_dequantize": True,
-        }
-        if options.max_memory is not None:
-            values["max_memory"] = options.max_memory
-        config = parse_config(values)
         plan = prepare(config)
         section = _section(plan)
         ids = _read_tokens(text, load_tokenizer(plan), max_tokens=options.max_tokens)
         windows = _cut(ids, options.length, text)
         with MergedSource(plan) as source:
             skeleton = _skeleton(plan, source)
-            _check_room(skeleton, windows, folder, max_memory=config.max_memory)
+            _check_room(
+                skeleton,
+                windows,
+                folder,
+                max_memory=config.max_memory,
+                reader_bytes=plan.reader_bytes,
+            )
             count = len(skeleton.layers)
             evaluator = Evaluator(
                 skeleton,
@@ -141,8 +170,8 @@ def evaluate(
             )
             found = evaluator.run()
     return EvaluationReport(
-        checkpoint=checkpoint,
-        adapters=tuple(adapters),
+        checkpoint=config.model_name_or_path,
+        adapters=config.adapter_name_or_path,
         text=str(text),
         quantization=_describe(section),
         tokens=found.tokens,
@@ -229,7 +258,12 @@ def _cut(ids: list[int], length: int, path: Path) -> torch.Tensor:
 
 
 def _check_room(
-    skeleton: Skeleton, windows: torch.Tensor, folder: Path, *, max_memory: int
+    skeleton: Skeleton,
+    windows: torch.Tensor,
+    folder: Path,
+    *,
+    max_memory: int,
+    reader_bytes: int,
 ) -> None:
     """Foresee the peak: a layer and one window's states, or a piece of the head and its logits.
 
@@ -256,7 +290,7 @@ def _check_room(
     vocabulary = max(3 * PIECE_BYTES + 5 * LOGITS_BYTES, ROWS_BYTES + 3 * PIECE_BYTES)
     ids = 2 * 8 * windows.numel() + 2 * 8 * windows.numel()
     states = states_bytes(skeleton, tokens=tokens, dtype=dtype)
-    needed = BASELINE_BYTES + max(weights, vocabulary) + states + ids
+    needed = BASELINE_BYTES + reader_bytes + max(weights, vocabulary) + states + ids
     if needed > max_memory:
         raise MemoryBudgetError(
             "max_memory is too small to run a layer of this model",

@@ -118,7 +118,7 @@ def export(
             # whatever stops the run, the layers stay for a rerun
             stack.callback(quantized.work.release)
             plan = quantized.plan
-        devices = replace(devices, plan=plan)
+        devices = devices.serving(plan)
         memory, open_backend = _fit_memory(devices, settings, peak_before=peak_before)
         staging = Staging(plan.output)
         allowed, device = settings.allow_nonfinite, devices.kind

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from streammerge.checkpoint.header import StoredTensor
+    from streammerge.dtypes import Dtype
     from streammerge.plan.merge_plan import MergePlan
     from streammerge.plan.ops import TensorPlan
 
@@ -91,7 +92,8 @@ def measure_deltas(plan: MergePlan, folder: Path) -> dict[str, DeltaShare]:
     contents = replace(plan.contents, tensors=plain)
     merge_plan = replace(plan, contents=contents)
     with MergedSource(merge_plan) as merge, ReaderPool(mode="buffered") as pool:
-        written = _decode(plan, folder, pool)
+        assert targets[0].encoding is not None
+        written = _decode(plan, folder, pool, dtype=targets[0].encoding.dtype)
         for target in targets:
             begin = max(0, (target.rows - SAMPLE_ROWS) // 2)
             end = min(target.rows, begin + SAMPLE_ROWS)
@@ -114,10 +116,12 @@ def _sample(targets: Sequence[TensorPlan]) -> list[TensorPlan]:
     ]
 
 
-def _decode(plan: MergePlan, folder: Path, pool: ReaderPool) -> dict[str, DecodedTensor]:
+def _decode(
+    plan: MergePlan, folder: Path, pool: ReaderPool, *, dtype: Dtype
+) -> dict[str, DecodedTensor]:
     """Return the weights that written codes stand for."""
     section = plan.contents.config_edits.get("quantization_config")
-    codec = find_codec(section or plan.base_config["quantization_config"])
+    codec = find_codec(section or plan.base_config["quantization_config"], dtype)
     tensors = [tensor for shard in plan.shards for tensor in read_header(folder / shard.name)[0]]
     return {
         weight.name: DecodedTensor.of(weight)

@@ -46,14 +46,18 @@ def encode_weights(
     Raises:
         UnsupportedError: The format has no place for a weight.
     """
-    left = tuple(
-        tensor.name
-        for tensor in tensors
-        if tensor.name in names and not codec.holds_whole(tensor.shape)
-    )
-    chosen = set(names) - set(left)
-    encoded = [_encoded(t, codec) if t.name in chosen else t for t in tensors]
-    return tuple(_together(encoded) if codec.shares_scales else encoded), left
+    encoded, left = [], []
+    for tensor in tensors:
+        found = tensor
+        if tensor.name in names:
+            # there is nothing in an empty one
+            if codec.holds_whole(tensor.shape) and tensor.nbytes:
+                found = _encoded(tensor, codec)
+            if not _is_smaller(found):
+                found = tensor
+                left.append(tensor.name)
+        encoded.append(found)
+    return tuple(_together(encoded) if codec.shares_scales else encoded), tuple(left)
 
 
 def encode_again(
@@ -100,6 +104,12 @@ def encode_again(
         if name not in names and name not in parts and name not in decoded.tensors
     ]
     return tuple(found)
+
+
+def _is_smaller(tensor: TensorPlan) -> bool:
+    """Whether codes take no more room than what they are made of, in whose place they are put."""
+    encoding = tensor.encoding
+    return encoding is not None and encoding.code_bytes(0, tensor.rows) <= tensor.source.nbytes
 
 
 def _encoded(tensor: TensorPlan, codec: Codec) -> TensorPlan:

@@ -59,7 +59,8 @@ class LinearWeights:
     """Modules of `kept`, and of a head that is tied, by their paths in memory under transformers 5:
     what a configuration lists as not converted. Single experts and fused ones are not listed."""
     is_family_known: bool
-    """Whether the rules were compared with transformers for every part of this model."""
+    """Whether the rules were compared with transformers for models of this type, and for those of
+    the language model inside it."""
 
 
 _EXPERT = re.compile(r"\bexperts\.\d+\.")

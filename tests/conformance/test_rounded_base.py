@@ -16,7 +16,6 @@ from streammerge.codecs.rounded import AbsmaxStore, RoundedTensor, round_checkpo
 from streammerge.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -24,15 +23,6 @@ NAME = "model.layers.0.mlp.up_proj.weight"
 # more of these than torch sums in one thread by itself
 SHAPES = [(96, 192), (12, 32), (33, 70), (5, 3), (130, 576), (300, 64), (2304, 1024)]
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Let bitsandbytes sum in one thread: with more, its mean of absmax has other last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def random_weight(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
@@ -89,6 +79,7 @@ def read(
     return torch.frombuffer(data, dtype=weight.dtype).view(weight.shape)
 
 
+# with more threads the mean of absmax has other last bits in bitsandbytes
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 HIDDEN, INNER, VOCAB, EXPERTS, LAYERS = 48, 80, 56, 3, 2
@@ -220,6 +221,18 @@ def lora(
     return build.merge(build.llama(dtype), adapter, rank=rank)
 
 
+def ranks(build: Builder) -> Merge:
+    """Targets of one block that cannot share a launch."""
+    shapes = build.linears(4)
+    for name, (n, k) in SHAPES.items():
+        if name.startswith("mlp"):
+            shapes |= {
+                f"model.layers.{layer}.{name}": ((20, k), (n, 20)) for layer in range(LAYERS)
+            }
+    adapter = build.adapter(shapes, rank_pattern={r"mlp\.\w+": 20}, alpha_pattern={"o_proj": 7})
+    return build.merge(build.llama(torch.bfloat16), adapter, rank=20)
+
+
 def several(build: Builder, numerics: str) -> Merge:
     adapters = [
         build.adapter(build.linears(rank), name=f"adapter{rank}", r=rank, lora_alpha=2.5 * rank)
@@ -322,3 +335,41 @@ def halved(build: Builder) -> Merge:
     merge.settings["infer_dtype"] = "float16"
     merge.roundings = 2
     return merge
+
+
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+CASES: dict[str, tuple[Callable[[Builder], Merge], str]] = {
+    "bf16": (lambda b: lora(b, BF16), "14 by kernels"),
+    "fp16": (lambda b: lora(b, F16), "14 by kernels"),
+    "fp32": (lambda b: lora(b, F32, 20), "14 by kernels"),
+    "fp64": (lambda b: lora(b, F64), "14 by torch on the GPU (F64 weights)"),
+    "bf16 factors": (lambda b: lora(b, BF16, factors=BF16), "14 by kernels"),
+    "several ranks": (ranks, "14 by kernels"),
+    "several in turn": (lambda b: several(b, "peft"), "14 by kernels"),
+    "several at once": (lambda b: several(b, "fp32"), "14 by kernels"),
+    "dora": (lambda b: dora(b, BF16), "14 by kernels"),
+    "dora fp32": (lambda b: dora(b, F32), "14 by kernels"),
+    "dora and lora": (lambda b: dora_and_lora(b, "peft"), "14 by kernels"),
+    "dora and lora at once": (
+        lambda b: dora_and_lora(b, "fp32"),
+        "14 by torch on the GPU (several terms of which not all are added to the same part)",
+    ),
+    "experts": (lambda b: experts(b, BF16), "12 by kernels"),
+    "single experts": (
+        single_experts,
+        "4 by kernels, 4 by torch on the GPU (columns that lie apart)",
+    ),
+    "embedding": (embedding, "2 by kernels"),
+    "conv1d": (conv1d, "6 by kernels"),
+    "conv1d dora": (
+        lambda b: conv1d(b, use_dora=True),
+        "6 on the CPU (DoRA on a weight stored (K, N))",
+    ),
+    "biases": (biases, "14 by kernels, 14 by torch on the GPU (biases)"),
+    "ia3": (ia3, "2 on the CPU"),
+    "another dtype": (
+        halved,
+        "14 by torch on the GPU (changes its dtype), 3 on the CPU (only changes its dtype)",
+    ),
+}
+"""What makes a case, and where the note of a run says that its targets were merged."""

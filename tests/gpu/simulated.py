@@ -126,6 +126,7 @@ class SimulatedRuntime:
             for stream in self._streams:
                 if stream.last is not None:
                     self._force(stream.last)
+            self._streams.clear()
             self._raise()
 
     def _forgets(self, what: str) -> bool:

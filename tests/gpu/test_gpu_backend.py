@@ -21,44 +21,10 @@ from streammerge.engine import devices, staging
 from streammerge.errors import MemoryBudgetError, NonFiniteError, UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
 MEMORY = "3GB"
-BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-CASES: dict[str, tuple[Callable[[merges.Builder], merges.Merge], str]] = {
-    "bf16": (lambda b: merges.lora(b, BF16), "14 by kernels"),
-    "fp16": (lambda b: merges.lora(b, F16), "14 by kernels"),
-    "fp32": (lambda b: merges.lora(b, F32, 20), "14 by kernels"),
-    "fp64": (lambda b: merges.lora(b, F64), "14 by torch on the GPU (F64 weights)"),
-    "bf16 factors": (lambda b: merges.lora(b, BF16, factors=BF16), "14 by kernels"),
-    "several in turn": (lambda b: merges.several(b, "peft"), "14 by kernels"),
-    "several at once": (lambda b: merges.several(b, "fp32"), "14 by kernels"),
-    "dora": (lambda b: merges.dora(b, BF16), "14 by kernels"),
-    "dora fp32": (lambda b: merges.dora(b, F32), "14 by kernels"),
-    "dora and lora": (lambda b: merges.dora_and_lora(b, "peft"), "14 by kernels"),
-    "dora and lora at once": (
-        lambda b: merges.dora_and_lora(b, "fp32"),
-        "14 by torch on the GPU (several terms of which not all are added to the same part)",
-    ),
-    "experts": (lambda b: merges.experts(b, BF16), "12 by kernels"),
-    "single experts": (
-        merges.single_experts,
-        "4 by kernels, 4 by torch on the GPU (columns that lie apart)",
-    ),
-    "embedding": (merges.embedding, "2 by kernels"),
-    "conv1d": (merges.conv1d, "6 by kernels"),
-    "conv1d dora": (
-        lambda b: merges.conv1d(b, use_dora=True),
-        "6 on the CPU (DoRA on a weight stored (K, N))",
-    ),
-    "biases": (merges.biases, "14 by kernels, 14 by torch on the GPU (biases)"),
-    "ia3": (merges.ia3, "2 on the CPU"),
-    "another dtype": (
-        merges.halved,
-        "14 by torch on the GPU (changes its dtype), 3 on the CPU (only changes its dtype)",
-    ),
-}
+BF16, F32 = torch.bfloat16, torch.float32
 
 
 class Bench:
@@ -102,11 +68,11 @@ def build(tmp_path: Path) -> merges.Builder:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", merges.CASES)
 def test_every_target_is_merged_where_it_is_said(
     case: str, bench: Bench, build: merges.Builder
 ) -> None:
-    make, where = CASES[case]
+    make, where = merges.CASES[case]
     report = bench.check(make(build), threads=3)
     (note,) = [note for note in report.notes if note.startswith("merged with")]
     assert note.startswith(f"merged with simulated: {where}")
@@ -174,10 +140,17 @@ def test_rows_larger_than_a_slot_are_merged_on_the_cpu(
     )
 
 
+@pytest.mark.parametrize("slot_bytes", [2048, 1 << 20])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_result_that_is_not_finite_is_an_error_that_names_its_rows(
-    value: float, bench: Bench, build: merges.Builder
+    value: float,
+    slot_bytes: int,
+    bench: Bench,
+    build: merges.Builder,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # in small slots the rows before and after it go by themselves
+    monkeypatch.setattr(triton_gpu, "MOST_SLOT_BYTES", slot_bytes)
     merge = merges.lora(build, BF16)
     path = bench.folder / "inputs" / "base" / "model.safetensors"
     tensors = merges.load_file(path)
@@ -186,7 +159,16 @@ def test_a_result_that_is_not_finite_is_an_error_that_names_its_rows(
     with pytest.raises(NonFiniteError, match="up_proj") as caught:
         bench.export(merge, "cuda")
     assert caught.value.where == "rows 0 to 79"
+    found: dict[str, bool] = {}
+    monkeypatch.setattr(
+        "streammerge.engine.pipeline.Pipeline._check",
+        lambda _, tile, *, is_finite: found.update({tile.target.name: is_finite}),
+    )
     gpu, _ = bench.export(merge, "cuda", allow_nonfinite=True)
+    assert len(found) == 14
+    assert [name for name, is_finite in found.items() if not is_finite] == [
+        "model.layers.1.mlp.up_proj.weight"
+    ]
     cpu, _ = bench.export(merge, "cpu", allow_nonfinite=True)
     name = "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(gpu[name].isfinite(), cpu[name].isfinite())

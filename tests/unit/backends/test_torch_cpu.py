@@ -71,8 +71,11 @@ class Case:
             for factor, tensor in zip(term.factors, tensors, strict=True)
         }
 
-    def read_source(self, offset: int, buffer: memoryview) -> None:
+    def read_source(
+        self, offset: int, buffer: memoryview, source: StoredTensor | None = None
+    ) -> None:
         """Give a part of the weight, as the engine reads it from the base."""
+        assert source in {None, self.target.source}
         buffer[:] = to_bytes(self.weight)[offset : offset + len(buffer)]
 
 

@@ -291,8 +291,9 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     ],
 )
 def test_real_errors_have_their_exit_codes(
-    arguments: list[str], code: int, kind: str, config: Path
+    arguments: list[str], code: int, kind: str, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("streammerge.backends.select.missing_driver", lambda: "no driver")
     result = invoke("plan", config, *arguments, "--json")
     assert result.exit_code == code
     assert json.loads(result.stdout)["error"] == kind
