@@ -19,17 +19,15 @@ from streammerge.checkpoint.reader import ReaderPool
 from streammerge.codecs.rounded import RoundedTensor
 from streammerge.dtypes import Dtype
 from streammerge.engine.evaluate import evaluate_merge
+from streammerge.engine.fidelity import DeltaShare, middle_rows, read_rows, sample_by_kind
 from streammerge.engine.prepare import prepare
 from streammerge.errors import PlanError
-from streammerge.plan.ops import ApplyTerms, kind_of
+from streammerge.plan.ops import ApplyTerms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    import torch
-
-    from streammerge.checkpoint.header import StoredTensor
     from streammerge.config import ExportConfig
     from streammerge.engine.evaluate import EvaluateOptions, EvaluationReport
     from streammerge.plan.merge_plan import MergePlan
@@ -37,9 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["BasesReport", "KindReport", "compare_bases"]
 
-# looked at of each weight, from its middle; and weights of each kind, evenly over the layers
-SAMPLE_ROWS = 64
-SAMPLE_WEIGHTS = 16
 _IN_FULL = " in float32"
 
 
@@ -76,34 +71,11 @@ class BasesReport:
 
 
 @dataclass(slots=True)
-class _Sums:
-    """Sums over rows: of squares of the deltas, and of what is measured by them."""
-
-    delta: float = 0.0
-    kept: float = 0.0
-    noise: float = 0.0
-
-    def add(self, base: torch.Tensor, merged: torch.Tensor, in_full: torch.Tensor) -> None:
-        """Count rows, each (n, K)."""
-        delta = in_full.double() - base.double()
-        change = merged.double() - base.double()
-        self.delta += float(delta.square().sum())
-        self.kept += float((change * delta).sum())
-        self.noise += float((change - delta).square().sum())
-
-    def __iadd__(self, other: _Sums) -> _Sums:
-        self.delta += other.delta
-        self.kept += other.kept
-        self.noise += other.noise
-        return self
-
-
-@dataclass(slots=True)
 class _Kind:
     """What was found of one kind of module."""
 
-    original: _Sums
-    dequantized: _Sums
+    original: DeltaShare
+    dequantized: DeltaShare
     weights: int = 0
     error: float = 0.0
 
@@ -118,11 +90,11 @@ class _Kind:
         first, second = self.original, self.dequantized
         return KindReport(
             weights=self.weights,
-            base_error=_ratio(self.error, first.delta) ** 0.5,
-            kept_original=_ratio(first.kept, first.delta),
-            noise_original=_ratio(first.noise, first.delta) ** 0.5,
-            kept_dequantized=_ratio(second.kept, second.delta),
-            noise_dequantized=_ratio(second.noise, second.delta) ** 0.5,
+            base_error=(self.error / first.squares) ** 0.5 if first.squares else 0.0,
+            kept_original=first.kept,
+            noise_original=first.noise,
+            kept_dequantized=second.kept,
+            noise_dequantized=second.noise,
         )
 
 
@@ -152,7 +124,7 @@ def compare_bases(
     ]
     plans = [prepare(each) for each in configs]
     kinds = _measure(plans, progress)
-    total = _Kind(_Sums(), _Sums())
+    total = _Kind(DeltaShare(), DeltaShare())
     for kind in kinds.values():
         total += kind
     reports: list[EvaluationReport | None] = [None, None]
@@ -177,45 +149,48 @@ def _measure(plans: Sequence[MergePlan], progress: Callable[[str], None]) -> dic
         PlanError: No adapter changes a weight that is rounded.
     """
     original, dequantized = ({tensor.name: tensor for tensor in plan.tensors} for plan in plans)
-    names: dict[str, list[str]] = {}
-    for name, tensor in dequantized.items():
-        if tensor.terms and isinstance(tensor.source, RoundedTensor):
-            names.setdefault(kind_of(name), []).append(name)
-    if not names:
+    kinds = sample_by_kind(
+        [
+            tensor
+            for tensor in dequantized.values()
+            if tensor.terms and isinstance(tensor.source, RoundedTensor)
+        ]
+    )
+    if not kinds:
         raise PlanError(
             "no adapter changes a weight that a 4-bit training would have had as codes",
             where=plans[0].base,
             hint="both merges are the same",
         )
     found: dict[str, _Kind] = {}
-    for kind, every in names.items():
+    for kind, targets in kinds.items():
         progress(kind)
-        some = every[:: -(-len(every) // SAMPLE_WEIGHTS)]
-        pairs = [(original[name], dequantized[name]) for name in some]
+        others = [original[target.name] for target in targets]
         found[kind] = _Kind(
-            _sums(plans[0], [pair[0] for pair in pairs]),
-            _sums(plans[1], [pair[1] for pair in pairs]),
-            len(some),
-            _error(pairs),
+            _shares(plans[0], others),
+            _shares(plans[1], targets),
+            len(targets),
+            _error(list(zip(others, targets, strict=True))),
         )
     return found
 
 
-def _sums(plan: MergePlan, targets: Sequence[TensorPlan]) -> _Sums:
+def _shares(plan: MergePlan, targets: Sequence[TensorPlan]) -> DeltaShare:
     """Compare merged rows with the base's, and with the same merge where nothing is rounded."""
     from streammerge.quantize.source import MergedSource  # noqa: PLC0415 (planning needs no torch)
 
     tensors = (*targets, *map(_in_full, targets))
     contents = replace(plan.contents, tensors=tensors)
-    sums = _Sums()
+    share = DeltaShare()
     with MergedSource(replace(plan, contents=contents)) as merge, _pool() as pool:
         for target in targets:
-            begin, end = _rows_of(target)
-            # a piece is overwritten by the next: the first is not needed any more
-            merged = _join(merge.pieces(target.name, begin, end))
-            in_full = _join(merge.pieces(f"{target.name}{_IN_FULL}", begin, end))
-            sums.add(_read(target.source, (begin, end), pool), merged, in_full)
-    return sums
+            rows = middle_rows(target)
+            share.add(
+                read_rows(target.source, rows, pool),
+                merge.rows_between(f"{target.name}{_IN_FULL}", *rows),
+                merge.rows_between(target.name, *rows),
+            )
+    return share
 
 
 def _in_full(target: TensorPlan) -> TensorPlan:
@@ -229,38 +204,11 @@ def _error(pairs: Sequence[tuple[TensorPlan, TensorPlan]]) -> float:
     total = 0.0
     with _pool() as pool:
         for left, right in pairs:
-            rows = _rows_of(left)
-            values = [_read(each.source, rows, pool).double() for each in (left, right)]
+            rows = middle_rows(left)
+            values = [read_rows(each.source, rows, pool).double() for each in (left, right)]
             total += float((values[0] - values[1]).square().sum())
     return total
 
 
 def _pool() -> ReaderPool:
     return ReaderPool(mode="buffered")
-
-
-def _rows_of(target: TensorPlan) -> tuple[int, int]:
-    begin = max(0, (target.rows - SAMPLE_ROWS) // 2)
-    return begin, min(target.rows, begin + SAMPLE_ROWS)
-
-
-def _join(pieces: Any) -> torch.Tensor:
-    import torch  # noqa: PLC0415 (planning needs no torch)
-
-    return torch.cat([piece.clone() for _, piece in pieces])
-
-
-def _read(tensor: StoredTensor, rows: tuple[int, int], pool: ReaderPool) -> torch.Tensor:
-    import torch  # noqa: PLC0415 (planning needs no torch)
-
-    from streammerge.codecs.tensors import torch_dtype  # noqa: PLC0415
-
-    begin, end = rows
-    width = tensor.dtype.nbytes(tensor.shape[-1])
-    data = bytearray((end - begin) * width)
-    pool.reader(tensor.file).read_into(tensor.offset + begin * width, memoryview(data))
-    return torch.frombuffer(data, dtype=torch_dtype(tensor.dtype)).view(end - begin, -1)
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0

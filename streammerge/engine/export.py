@@ -149,8 +149,7 @@ def export(
     seconds = time.perf_counter() - started
     report = _report(run, pipeline, devices, seconds=seconds, hub_url=url)
     if deltas:
-        found = {kind: share.describe() for kind, share in deltas.items()}
-        report = replace(report, deltas=found)
+        report = replace(report, deltas=deltas)
     if quantized is not None:
         report = replace(report, quantization=quantized.describe())
     return report

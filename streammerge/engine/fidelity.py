@@ -24,50 +24,50 @@ if TYPE_CHECKING:
     import torch
 
     from streammerge.checkpoint.header import StoredTensor
-    from streammerge.dtypes import Dtype
     from streammerge.plan.merge_plan import MergePlan
     from streammerge.plan.ops import TensorPlan
 
-__all__ = ["DeltaShare", "measure_deltas"]
+__all__ = ["DeltaShare", "measure_deltas", "middle_rows", "read_rows", "sample_by_kind"]
 
 # looked at of each weight, from its middle; and weights of each kind, evenly over the layers
 SAMPLE_ROWS = 64
-SAMPLE_WEIGHTS = 48
+SAMPLE_WEIGHTS = 16
 
 
 @dataclass(slots=True)
 class DeltaShare:
-    """What became of the deltas of one kind of module."""
+    """What became of the deltas of one kind of module: sums over the rows that were looked at."""
 
-    weights: int = 0
-    """How many were looked at."""
+    squares: float = 0.0
+    """Of the deltas."""
     _along: float = 0.0
-    _squares: float = 0.0
     _error: float = 0.0
 
     @property
     def kept(self) -> float:
-        """Share of the delta that the codes hold."""
-        return self._along / self._squares if self._squares else 0.0
+        """Share of the delta that is found."""
+        return self._along / self.squares if self.squares else 0.0
 
     @property
     def noise(self) -> float:
-        """Size of the codes' error against that of the delta."""
-        return (self._error / self._squares) ** 0.5 if self._squares else 0.0
+        """Size of the error against that of the delta."""
+        return (self._error / self.squares) ** 0.5 if self.squares else 0.0
 
-    def add(self, base: torch.Tensor, merged: torch.Tensor, coded: torch.Tensor) -> None:
-        """Count rows, each (n, K)."""
-        delta = merged.double() - base.double()
-        self._along += float(((coded.double() - base.double()) * delta).sum())
-        self._squares += float(delta.square().sum())
-        self._error += float((coded.double() - merged.double()).square().sum())
+    def add(self, base: torch.Tensor, meant: torch.Tensor, found: torch.Tensor) -> None:
+        """Count rows, each (n, K): of the base, with the delta added, and what it came to."""
+        delta, change = meant.double() - base.double(), found.double() - base.double()
+        self.squares += float(delta.square().sum())
+        self._along += float((change * delta).sum())
+        self._error += float((change - delta).square().sum())
 
-    def describe(self) -> dict[str, float]:
-        """Give it as JSON types."""
-        return {"weights": self.weights, "kept": self.kept, "noise": self.noise}
+    def __iadd__(self, other: DeltaShare) -> DeltaShare:
+        self.squares += other.squares
+        self._along += other._along
+        self._error += other._error
+        return self
 
 
-def measure_deltas(plan: MergePlan, folder: Path) -> dict[str, DeltaShare]:
+def measure_deltas(plan: MergePlan, folder: Path) -> dict[str, dict[str, float]]:
     """Compare rows of the written codes with the merge and with the base.
 
     Args:
@@ -75,61 +75,51 @@ def measure_deltas(plan: MergePlan, folder: Path) -> dict[str, DeltaShare]:
         folder: Where the shards and config.json are.
 
     Returns:
-        By the last part of a module's path, such as `q_proj`; empty if nothing was merged into
-        weights that are codes.
+        By the last part of a module's path, such as `q_proj`: how many weights were looked at,
+        `kept` and `noise`. Empty if nothing was merged into weights that are codes.
 
     Raises:
         StreamMergeError: The written codes cannot be decoded.
     """
-    targets = _sample([t for t in plan.tensors if t.encoding is not None and t.terms])
-    if not targets:
+    kinds = sample_by_kind([t for t in plan.tensors if t.encoding is not None and t.terms])
+    if not kinds:
         return {}
     from streammerge.quantize.source import MergedSource  # noqa: PLC0415 (planning needs no torch)
 
-    shares: dict[str, DeltaShare] = {}
     # what is merged, not what is stored
     plain = tuple(replace(tensor, encoding=None) for tensor in plan.tensors)
-    contents = replace(plan.contents, tensors=plain)
-    merge_plan = replace(plan, contents=contents)
+    merge_plan = replace(plan, contents=replace(plan.contents, tensors=plain))
+    found: dict[str, dict[str, float]] = {}
     with MergedSource(merge_plan) as merge, ReaderPool(mode="buffered") as pool:
-        assert targets[0].encoding is not None
-        written = _decode(plan, folder, pool, dtype=targets[0].encoding.dtype)
-        for target in targets:
-            begin = max(0, (target.rows - SAMPLE_ROWS) // 2)
-            end = min(target.rows, begin + SAMPLE_ROWS)
-            share = shares.setdefault(kind_of(target.name), DeltaShare())
-            share.weights += 1
-            for at, merged in merge.pieces(target.name, begin, end):
-                rows = at, at + len(merged)
-                base = _rows(target.source, rows, pool)
-                share.add(base, merged, _rows(written[target.name], rows, pool))
-    return shares
+        written = _decode(plan, folder, pool)
+        for kind, targets in kinds.items():
+            share = DeltaShare()
+            for target in targets:
+                rows = middle_rows(target)
+                base, coded = (
+                    read_rows(t, rows, pool) for t in (target.source, written[target.name])
+                )
+                share.add(base, merge.rows_between(target.name, *rows), coded)
+            found[kind] = {"weights": len(targets), "kept": share.kept, "noise": share.noise}
+    return found
 
 
-def _sample(targets: Sequence[TensorPlan]) -> list[TensorPlan]:
-    """Take some of each kind."""
+def sample_by_kind(targets: Sequence[TensorPlan]) -> dict[str, list[TensorPlan]]:
+    """Return some targets of each kind of module, evenly over the layers."""
     kinds: dict[str, list[TensorPlan]] = {}
     for target in targets:
         kinds.setdefault(kind_of(target.name), []).append(target)
-    return [
-        target for found in kinds.values() for target in found[:: -(-len(found) // SAMPLE_WEIGHTS)]
-    ]
+    return {kind: every[:: -(-len(every) // SAMPLE_WEIGHTS)] for kind, every in kinds.items()}
 
 
-def _decode(
-    plan: MergePlan, folder: Path, pool: ReaderPool, *, dtype: Dtype
-) -> dict[str, DecodedTensor]:
-    """Return the weights that written codes stand for."""
-    section = plan.contents.config_edits.get("quantization_config")
-    codec = find_codec(section or plan.base_config["quantization_config"], dtype)
-    tensors = [tensor for shard in plan.shards for tensor in read_header(folder / shard.name)[0]]
-    return {
-        weight.name: DecodedTensor.of(weight)
-        for weight in codec.find(tensors, read_whole(pool)).weights
-    }
+def middle_rows(target: TensorPlan) -> tuple[int, int]:
+    """Return the first of the rows that are looked at, and the row after the last."""
+    begin = max(0, (target.rows - SAMPLE_ROWS) // 2)
+    return begin, min(target.rows, begin + SAMPLE_ROWS)
 
 
-def _rows(tensor: StoredTensor, rows: tuple[int, int], pool: ReaderPool) -> torch.Tensor:
+def read_rows(tensor: StoredTensor, rows: tuple[int, int], pool: ReaderPool) -> torch.Tensor:
+    """Return rows of a matrix as they are stored, or decoded."""
     import torch  # noqa: PLC0415 (planning needs no torch)
 
     from streammerge.codecs.tensors import torch_dtype  # noqa: PLC0415
@@ -139,3 +129,15 @@ def _rows(tensor: StoredTensor, rows: tuple[int, int], pool: ReaderPool) -> torc
     data = bytearray((end - begin) * width)
     pool.reader(tensor.file).read_into(tensor.offset + begin * width, memoryview(data))
     return torch.frombuffer(data, dtype=torch_dtype(tensor.dtype)).view(end - begin, -1)
+
+
+def _decode(plan: MergePlan, folder: Path, pool: ReaderPool) -> dict[str, DecodedTensor]:
+    """Return the weights that written codes stand for."""
+    dtype = next(tensor.dtype for tensor in plan.tensors if tensor.encoding is not None)
+    section = plan.contents.config_edits.get("quantization_config")
+    codec = find_codec(section or plan.base_config["quantization_config"], dtype)
+    tensors = [tensor for shard in plan.shards for tensor in read_header(folder / shard.name)[0]]
+    return {
+        weight.name: DecodedTensor.of(weight)
+        for weight in codec.find(tensors, read_whole(pool)).weights
+    }

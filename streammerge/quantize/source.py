@@ -162,6 +162,10 @@ class MergedSource:
                 ).view(rows, target.columns),
             )
 
+    def rows_between(self, name: str, begin: int, end: int) -> torch.Tensor:
+        """Return rows `[begin, end)` of a tensor, (end - begin, columns) in its own dtype."""
+        return torch.cat([piece.clone() for _, piece in self.pieces(name, begin, end)])
+
     def rows(self, name: str, indices: torch.Tensor) -> torch.Tensor:
         """Return some rows of a matrix, the rest of which never stays in memory.
 

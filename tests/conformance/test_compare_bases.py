@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import streammerge
 from streammerge.cli.app import app
 from streammerge.config import parse_config
-from streammerge.engine import compare
+from streammerge.engine import fidelity
 from streammerge.engine.compare import compare_bases
 from streammerge.engine.evaluate import EvaluateOptions, evaluate
 from streammerge.errors import PlanError
@@ -148,7 +148,7 @@ def test_perplexities_are_those_of_the_two_exports(tmp_path: Path) -> None:
 
 
 def test_a_sample_of_many_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "SAMPLE_WEIGHTS", 2)
+    monkeypatch.setattr(fidelity, "SAMPLE_WEIGHTS", 2)
     report = Case(tmp_path).compare()
     assert report.kinds["q_proj"].weights == 2
 

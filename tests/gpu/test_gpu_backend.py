@@ -23,7 +23,7 @@ from streammerge.errors import MemoryBudgetError, NonFiniteError, UnsupportedErr
 if TYPE_CHECKING:
     from pathlib import Path
 
-MEMORY = "3GB"
+MEMORY = "4GB"
 BF16, F32 = torch.bfloat16, torch.float32
 
 

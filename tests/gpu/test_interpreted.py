@@ -70,7 +70,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         inputs = folder / case.replace(" ", "-")
         inputs.mkdir()
         made[case] = make(merges.Builder(inputs / "inputs"))
-        cpu = {**made[case].on(inputs / "cpu", "cpu"), "max_memory": "3GB"}
+        cpu = {**made[case].on(inputs / "cpu", "cpu"), "max_memory": "4GB"}
         streammerge.export(cpu)
     wanted = [
         {**merge.on(folder / case.replace(" ", "-") / "gpu", "cuda"), "threads": 4}
@@ -107,6 +107,6 @@ def decoded(folder: Path) -> merges.Tensors:
     output = folder / "decoded"
     streammerge.export({
         "model_name_or_path": str(folder / "inputs" / "base"), "export_dir": str(output),
-        "allow_dequantize": True, "max_memory": "3GB",
+        "allow_dequantize": True, "max_memory": "4GB",
     })  # fmt: skip
     return merges.load_folder(output)

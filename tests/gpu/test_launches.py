@@ -36,29 +36,27 @@ class MetaRuntime(SimulatedRuntime):
             super().copy(stream, target, source)
 
 
+GROUPED, DORA = ["grouped_merge_kernel"], ["square_sum_kernel", "finish_kernel", "merge_kernel"]
+CASES: dict[str, tuple[Callable[[merges.Builder], merges.Merge], list[str]]] = {
+    # all small targets of the only block at once, one launch for each rank
+    "lora": (lambda b: merges.lora(b, BF16), GROUPED),
+    "experts": (lambda b: merges.experts(b, BF16), GROUPED),
+    "dora": (lambda b: merges.dora(b, BF16), DORA * 14),
+    "fp32": (lambda b: merges.lora(b, F32, factors=BF16), GROUPED),
+    "ranks": (merges.ranks, GROUPED * 2),
+    "in turn": (lambda b: merges.several(b, "peft"), GROUPED * 2),
+    "at once": (lambda b: merges.several(b, "fp32"), GROUPED),
+}
+FAST = ("lora", "experts", "dora")
+
+
 @pytest.mark.parametrize(
-    ("make", "expected"),
-    [
-        # all small targets of the only block at once, one launch for each rank
-        (lambda b: merges.lora(b, BF16), ["grouped_merge_kernel"]),
-        (lambda b: merges.lora(b, F32, factors=BF16), ["grouped_merge_kernel"]),
-        (merges.ranks, ["grouped_merge_kernel"] * 2),
-        (lambda b: merges.several(b, "peft"), ["grouped_merge_kernel"] * 2),
-        (lambda b: merges.several(b, "fp32"), ["grouped_merge_kernel"]),
-        (lambda b: merges.experts(b, BF16), ["grouped_merge_kernel"]),
-        (
-            lambda b: merges.dora(b, BF16),
-            ["square_sum_kernel", "finish_kernel", "merge_kernel"] * 14,
-        ),
-    ],
-    ids=["lora", "fp32", "ranks", "in-turn", "at-once", "experts", "dora"],
+    "case", [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
 )
 def test_an_export_launches_kernels_that_compile(
-    make: Callable[[merges.Builder], merges.Merge],
-    expected: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    make, expected = CASES[case]
     # a cache of its own, in which nothing is compiled yet
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     gpus = Gpus((MetaRuntime(),), load_kernels())

@@ -280,8 +280,8 @@ def test_rows_and_inputs_of_zeros_do_no_harm() -> None:
 def test_broken_weights_are_refused(bad: float) -> None:
     weight, options = draw(40, 64), options_of()
     weight[3, 5] = bad
-    with pytest.raises(QuantizationError, match="'some.name' holds NaN, Inf"):
-        quantize_aqlm(weight, inputs_of(hessian_of(64), options), options, name="some.name")
+    with pytest.raises(QuantizationError, match="'up_proj' holds NaN, Inf"):
+        quantize_aqlm(weight, inputs_of(hessian_of(64), options), options, name="up_proj")
 
 
 def test_broken_inputs_are_refused() -> None:

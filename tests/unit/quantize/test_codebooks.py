@@ -91,7 +91,7 @@ def test_values_that_float16_rounds_are_refused() -> None:
 @pytest.mark.parametrize(
     ("books", "rows", "features", "match"),
     [
-        (Codebooks(2, 8, 8), 64, 100, "groups of 8, got 64 x 100.*in_group_size"),
+        (Codebooks(2, 8, 8), 64, 100, "groups of 8; got 64 x 100.*in_group_size"),
         (Codebooks(1, 16, 8), 192, 576, "65536 groups of 8.*got 13824.*such as 2x8"),
         (Codebooks(2, 8, 8), 2, 96, "more entries than the weight has groups"),
     ],
