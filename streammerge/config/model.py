@@ -9,11 +9,12 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from streammerge.config.codebooks import Codebooks
 from streammerge.config.sizes import parse_bytes
 
 __all__ = ["FORMATS", "CalibratedName", "ExportConfig", "FormatName"]
 
-CalibratedName = Literal["gptq", "awq", "rtn"]
+CalibratedName = Literal["gptq", "awq", "rtn", "aqlm"]
 
 FormatName = Literal["nf4", "fp4", "int8", "fp8", "fp8-block", "mxfp4", "nvfp4", "w4a16", "w8a16"]
 FORMATS: tuple[FormatName, ...] = get_args(FormatName)
@@ -56,6 +57,12 @@ def _subfolder(value: object) -> object:
     return value
 
 
+def _scheme(value: object) -> object:
+    if isinstance(value, str):
+        Codebooks.of(value, 1)
+    return value
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
 
 
@@ -92,9 +99,15 @@ class ExportConfig(BaseModel):
     export_quantization_bit: Literal[2, 3, 4, 8] | None = None
     export_quantization_dataset: str | None = None
     export_quantization_method: Literal[CalibratedName, FormatName] = "gptq"
-    """`gptq`, `awq` and `rtn` need a number of bits and a dataset; formats need neither."""
+    """`gptq`, `awq` and `rtn` need a number of bits and a dataset, `aqlm` a dataset; formats need
+    neither.
+    """
     export_quantization_group_size: Annotated[int, Field(ge=-1)] = 128
     """Inputs per scale; -1 for one scale per row."""
+    export_quantization_scheme: Annotated[str, BeforeValidator(_scheme)] = "2x8"
+    """AQLM: codebooks, and the bits of each."""
+    export_quantization_in_group_size: Annotated[int, Field(ge=1, le=64)] = 8
+    """AQLM: inputs of a codebook entry."""
     export_quantization_double: bool = True
     """NF4 and FP4: quantize the scales too."""
     export_requantize: Literal["same"] | None = None
@@ -102,7 +115,7 @@ class ExportConfig(BaseModel):
     export_quantization_desc_act: bool = False
     """GPTQ: form the groups in the order of the inputs' magnitudes."""
     export_quantization_damp: Annotated[float, Field(gt=0, lt=1, strict=False)] = 0.05
-    """GPTQ: share of the mean diagonal that is added to the matrix of inputs."""
+    """GPTQ and AQLM: share of the mean diagonal that is added to the matrix of inputs."""
     export_quantization_sym: bool = True
     """Whether the middle code means zero."""
     export_quantization_seed: int = 0
@@ -190,9 +203,16 @@ class ExportConfig(BaseModel):
     def calibrated_method(self) -> CalibratedName | None:
         """The method by which layers are quantized after the merge; None if they are not."""
         method = self.export_quantization_method
-        if self.export_quantization_bit is None:
+        if self.export_quantization_bit is None and self.codebooks is None:
             return None
         return method if method in _CALIBRATED else None
+
+    @property
+    def codebooks(self) -> Codebooks | None:
+        """The codebooks of a weight; None for a method without."""
+        if self.export_quantization_method != "aqlm":
+            return None
+        return Codebooks.of(self.export_quantization_scheme, self.export_quantization_in_group_size)
 
     @model_validator(mode="after")
     def _check_combinations(self) -> ExportConfig:
@@ -223,8 +243,8 @@ def _forbidden(config: ExportConfig) -> list[str]:
     size = config.export_quantization_group_size
     if size != -1 and (size <= 0 or size % 8):
         faults.append("export_quantization_group_size is -1 or a multiple of 8")
-    is_coded = config.encoded_format or config.export_requantize
-    if (config.export_quantization_bit is not None or is_coded) and config.export_legacy_format:
+    is_coded = config.encoded_format or config.calibrated_method or config.export_requantize
+    if is_coded and config.export_legacy_format:
         faults.append("export_legacy_format has no form for quantized weights; remove it")
     if config.adapter_weights and len(config.adapter_weights) != len(adapters):
         faults.append(
@@ -269,13 +289,19 @@ def _forbidden_encodings(config: ExportConfig) -> list[str]:
             )
         if config.export_size == "keep":
             faults.append("export_size: keep cannot be used with codes: tensors change their size")
-    elif bits is not None and not config.export_quantization_dataset:
-        faults.append("export_quantization_bit needs export_quantization_dataset")
-    elif bits is None and "export_quantization_method" in config.model_fields_set:
+    elif (config.codebooks or bits is not None) and not config.export_quantization_dataset:
+        key = "method: aqlm" if config.codebooks else "bit"
+        faults.append(f"export_quantization_{key} needs export_quantization_dataset")
+    elif (
+        config.codebooks is None
+        and bits is None
+        and "export_quantization_method" in config.model_fields_set
+    ):
         faults.append(f"export_quantization_method: {method} needs export_quantization_bit")
+    faults += _forbidden_codebooks(config)
     if config.export_requantize is None:
         return faults
-    if form is not None or bits is not None:
+    if form is not None or config.calibrated_method is not None:
         faults.append(
             "export_requantize writes the base's own format; remove it to choose another by "
             "export_quantization_method"
@@ -284,6 +310,27 @@ def _forbidden_encodings(config: ExportConfig) -> list[str]:
         faults.append("export_requantize needs an adapter: without one the base stays as it is")
     if config.infer_dtype != "auto":
         faults.append("export_requantize cannot be used with infer_dtype: codes have no such dtype")
+    return faults
+
+
+def _forbidden_codebooks(config: ExportConfig) -> list[str]:
+    """Say which keys have nothing to do with codebooks, or no meaning without."""
+    books, bits = config.codebooks, config.export_quantization_bit
+    own, others = ("scheme", "in_group_size"), ("group_size", "desc_act", "sym")
+    wrong = [
+        f"export_quantization_{key}"
+        for key in (own if books is None else others)
+        if f"export_quantization_{key}" in config.model_fields_set
+    ]
+    if books is None:
+        return [f"{key} needs export_quantization_method: aqlm" for key in wrong]
+    faults = [f"{key} has no meaning for export_quantization_method: aqlm" for key in wrong]
+    if bits not in {None, books.weight_bits}:
+        faults.append(
+            f"export_quantization_bit: {bits} is not what export_quantization_scheme: "
+            f"{config.export_quantization_scheme} gives in groups of {books.group_size}, "
+            f"{books.weight_bits:g} bits; remove export_quantization_bit"
+        )
     return faults
 
 

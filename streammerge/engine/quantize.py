@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from streammerge.config import ExportConfig
+    from streammerge.config.codebooks import Codebooks
     from streammerge.engine.export import Progress
     from streammerge.plan.merge_plan import MergePlan
     from streammerge.quantize.driver import LayerReport
@@ -51,10 +52,6 @@ __all__ = [
 # of the export that is left, little but copies: with 8 MiB it set the peak of models of many small
 # layers (64 of hidden 1024: 703 MB, against 653 MB for 4 layers)
 LAST_BLOCK_BYTES = 1 << 20
-
-
-# of the names of what a quantized weight has become
-_ENDS = (".qweight", ".qzeros", ".scales", ".g_idx")
 
 
 @dataclass(slots=True)
@@ -88,9 +85,13 @@ class QuantizedPlan:
 
     def _bits_per_weight(self) -> float:
         """Return the bits that a quantized weight takes, with its share of scales and zeros."""
-        stored = [tensor for tensor in self.plan.tensors if tensor.name.endswith(_ENDS)]
-        words = sum(prod(t.shape) for t in stored if t.name.endswith(".qweight"))
-        return self.settings.bits * 8 * sum(t.nbytes for t in stored) / (32 * max(words, 1))
+        from streammerge.quantize.layout import layout_of  # noqa: PLC0415 (needs torch)
+
+        # norms and biases that took scales of inputs are not weights
+        layout = layout_of(self.settings)
+        stored = [t for t in self.plan.tensors if t.name.endswith(layout.ends)]
+        weights = layout.weights({t.name: t.shape for t in stored})
+        return 8 * sum(t.nbytes for t in stored) / max(weights, 1)
 
 
 def read_settings(config: ExportConfig) -> QuantizeSettings | None:
@@ -99,7 +100,8 @@ def read_settings(config: ExportConfig) -> QuantizeSettings | None:
     Raises:
         UnsupportedError: No loader could read the result.
     """
-    method, bits = config.calibrated_method, config.export_quantization_bit
+    method, books = config.calibrated_method, config.codebooks
+    bits = config.export_quantization_bit if books is None else books.weight_bits
     if method is None or bits is None:
         return None
     from streammerge.quantize.config_section import check_format  # noqa: PLC0415 (needs torch)
@@ -120,7 +122,7 @@ def read_settings(config: ExportConfig) -> QuantizeSettings | None:
     settings = QuantizeSettings(
         method=method,
         bits=bits,
-        group_size=config.export_quantization_group_size,
+        group_size=config.export_quantization_group_size if books is None else -1,
         is_symmetric=config.export_quantization_sym and not is_awq,
         desc_act=config.export_quantization_desc_act,
         damp=config.export_quantization_damp,
@@ -130,6 +132,7 @@ def read_settings(config: ExportConfig) -> QuantizeSettings | None:
         maxlen=config.export_quantization_maxlen,
         seed=config.export_quantization_seed,
         sampling=config.export_quantization_sampling,
+        codebooks=books,
     )
     check_format(settings)
     return settings
@@ -157,6 +160,7 @@ def quantize_layers(
     from streammerge.quantize.budget import check_memory  # noqa: PLC0415
     from streammerge.quantize.driver import Driver  # noqa: PLC0415
     from streammerge.quantize.heap import return_freed_memory  # noqa: PLC0415
+    from streammerge.quantize.layout import layout_of  # noqa: PLC0415
     from streammerge.quantize.skeleton import build_skeleton  # noqa: PLC0415
     from streammerge.quantize.source import MergedSource  # noqa: PLC0415
     from streammerge.quantize.tokens import load_calibration  # noqa: PLC0415
@@ -214,7 +218,8 @@ def quantize_layers(
             )
             layers = driver.run()
         final = _final_plan(plan, config, settings, work.folder, skeleton)
-        notes = (*_loader_notes(skeleton, settings), *_expert_notes(layers))
+        note = layout_of(settings).loader_note(list(skeleton.all_linears()))
+        notes = (*([note] if note else []), *_expert_notes(layers))
         final = replace(final, notes=(*final.notes, *notes))
     except BaseException:
         work.release()
@@ -247,21 +252,29 @@ def foresee(plan: MergePlan, config: ExportConfig) -> str | None:
         UnsupportedError: They are codes already.
     """
     bits, size = config.export_quantization_bit, config.export_quantization_group_size
-    if bits is None or config.calibrated_method is None:
+    books = config.codebooks
+    if config.calibrated_method is None:
         return None
     _check_base(plan)
-    packed, rest, _ = _division(plan, bits=bits, group_size=size)
-    groups = "one scale per row" if size == -1 else f"groups of {size}"
+    if books is not None:
+        how = f"{config.export_quantization_scheme}, groups of {books.group_size}"
+    else:
+        assert bits is not None
+        groups = "one scale per row" if size == -1 else f"groups of {size}"
+        how = f"{bits} bit, {groups}"
+    packed, rest, _ = _division(plan, bits=bits or 0, group_size=size, books=books)
     return (
         f"sizes are those of the merge; its layers are quantized as they are merged "
-        f"({config.export_quantization_method}, {bits} bit, {groups}), so that about "
+        f"({config.export_quantization_method}, {how}), so that about "
         f"{(packed + rest) / 1e9:.2f} GB are written in place of {plan.bytes_written / 1e9:.2f} GB"
     )
 
 
 def bytes_needed(plan: MergePlan, settings: QuantizeSettings) -> int:
     """Return the most bytes of disk that the run takes: layers, output, and hidden states."""
-    packed, rest, widest = _division(plan, bits=settings.bits, group_size=settings.group_size)
+    packed, rest, widest = _division(
+        plan, bits=settings.bits, group_size=settings.group_size, books=settings.codebooks
+    )
     has_experts = any(".experts." in tensor.name for tensor in plan.tensors)
     # states before and behind a layer; inputs and outputs of experts
     hidden = (4 if has_experts else 2) * 4 * settings.nsamples * settings.maxlen * widest
@@ -269,20 +282,27 @@ def bytes_needed(plan: MergePlan, settings: QuantizeSettings) -> int:
     return 2 * packed + rest + hidden
 
 
-def _division(plan: MergePlan, *, bits: int, group_size: int) -> tuple[int, int, int]:
+def _division(
+    plan: MergePlan, *, bits: float, group_size: int, books: Codebooks | None
+) -> tuple[int, int, int]:
     """Return the bytes of codes, those of all other tensors, and the widest hidden state.
 
     What is quantized is known only with the model; here it is every matrix of a numbered layer.
     """
     packed = rest = widest = 0
     per_weight = bits / 8 + (0 if group_size == -1 else 4 / group_size)
+    per_matrix = 0
+    if books is not None:
+        # whole bytes or words for codes
+        code_bytes = 1 if books.bits <= 8 else 2
+        per_weight, per_matrix = books.count * code_bytes / books.group_size, books.table_bytes
     for tensor in plan.tensors:
         is_layer = any(part.isdecimal() for part in tensor.name.split("."))
         is_fused = len(tensor.shape) == 3
         if is_layer and (is_fused or (len(tensor.shape) == 2 and tensor.name.endswith(".weight"))):
             matrices = tensor.shape[0] if is_fused else 1
             packed += int(prod(tensor.shape) * per_weight)
-            packed += 16 * matrices * sum(tensor.shape[-2:])
+            packed += matrices * (16 * sum(tensor.shape[-2:]) + per_matrix)
             widest = max(widest, min(tensor.shape[-2:]))
         else:
             rest += tensor.nbytes
@@ -341,37 +361,11 @@ def _check_shapes(skeleton: Skeleton, settings: QuantizeSettings) -> None:
     Raises:
         QuantizationError: It cannot.
     """
-    from streammerge.quantize.pack import PackedLayout  # noqa: PLC0415 (needs torch)
+    from streammerge.quantize.layout import layout_of  # noqa: PLC0415 (needs torch)
 
-    layout = PackedLayout.of(settings)
+    layout = layout_of(settings)
     for module in skeleton.all_linears():
         layout.check(*module.size, where=module.name)
-
-
-def _loader_notes(skeleton: Skeleton, settings: QuantizeSettings) -> list[str]:
-    """Say which linears some loaders do not take, and what they would take."""
-    from streammerge.quantize.pack import PackedLayout  # noqa: PLC0415 (needs torch)
-
-    layout = PackedLayout.of(settings)
-    found = [module for module in skeleton.all_linears() if not layout.is_whole(*module.size)]
-    if not found:
-        return []
-    name, (rows, features) = found[0].name, found[0].size
-    sizes = [
-        size
-        for size in (128, 64, 32, -1)
-        if all(replace(layout, group_size=size).is_whole(*module.size) for module in found)
-    ]
-    advice = (
-        f"export_quantization_group_size: {sizes[0]} would do"
-        if sizes
-        else "no group size would change that"
-    )
-    note = (
-        f"vLLM and SGLang cannot load {len(found)} of the quantized linears, such as '{name}' "
-        f"({rows} x {features}), whose words or groups are not all full; {advice}"
-    )
-    return [note]
 
 
 def _expert_notes(layers: list[LayerReport]) -> list[str]:

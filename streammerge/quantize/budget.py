@@ -8,7 +8,7 @@ import torch
 
 from streammerge.errors import MemoryBudgetError
 from streammerge.quantize.experts import CHUNK_TOKENS
-from streammerge.quantize.gptq import CHUNK_ROWS
+from streammerge.quantize.methods import method_of
 from streammerge.quantize.source import PIECE_BYTES
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ def check_memory(
         ),
         default=0,
     )
-    group = max(_group_bytes(settings, *module.size) for module in skeleton.all_linears())
+    work_bytes = method_of(settings).work_bytes
+    group = max(work_bytes(settings, *module.size) for module in skeleton.all_linears())
     needed = BASELINE_BYTES + max(layer + states + expert + group, rows + states + PIECE_BYTES)
     if needed > max_memory:
         raise MemoryBudgetError(
@@ -89,14 +90,3 @@ def _expert_sizes(skeleton: Skeleton) -> list[list[tuple[int, int]]]:
         for blocks in skeleton.blocks
         for block in blocks
     ]
-
-
-def _group_bytes(settings: QuantizeSettings, rows: int, features: int) -> int:
-    """Return what it takes to quantize one linear, its weight apart."""
-    square, matrix = 4 * features * features, rows * features
-    if settings.method == "gptq":
-        # the matrix of inputs, its factor, and rows on their way from one to the other; the weight
-        # by input, its permuted copy, its codes
-        return 2 * square + 8 * CHUNK_ROWS * features + 9 * matrix
-    # rounding in chunks; the matrix of inputs is needed for the error
-    return square + 3 * matrix

@@ -10,6 +10,7 @@ Loaders read different keys to learn which linears are not quantized:
     AWQ   transformers  those that an entry of `modules_to_not_convert` leads to, or ends
           vLLM, SGLang  those that have an entry of `modules_to_not_convert` in their names
           GPTQModel     as above
+    AQLM  transformers  those that an entry of `linear_weights_not_to_quantize` leads to, or ends
 
 so that all of these are written, with entries that are right under every one of the readings.
 """
@@ -23,9 +24,9 @@ from streammerge.errors import UnsupportedError
 from streammerge.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
-    from streammerge.quantize.settings import QuantizeSettings
+    from streammerge.quantize.settings import Method, QuantizeSettings
 
 __all__ = ["check_format", "quantization_section"]
 
@@ -68,44 +69,81 @@ def quantization_section(
         UnsupportedError: There is no such format, or it has no way to tell the modules apart.
     """
     check_format(settings)
-    # of the head, `lm_head` says it
-    others = [name for name in kept if name.rpartition(".")[2] != "lm_head"]
-    section: dict[str, Any]
-    if settings.method == "awq":
-        section = {
-            "quant_method": "awq",
-            "bits": settings.bits,
-            "group_size": settings.group_size,
-            "zero_point": True,
-            "version": "gemm",
-            "lm_head": False,
-            "modules_to_not_convert": _left_out(quantized, kept) or None,
-        }
-    else:
-        section = {
-            "quant_method": "gptq",
-            "bits": settings.bits,
-            "group_size": settings.group_size,
-            "desc_act": settings.desc_act and settings.method == "gptq",
-            "sym": settings.is_symmetric,
-            "checkpoint_format": settings.checkpoint_format,
-            "pack_dtype": "int32",
-            "lm_head": False,
-            "block_name_to_quantize": _block(quantized),
-        }
-        prefix = f"{section['block_name_to_quantize']}."
-        inside = [name for name in kept if name.startswith(prefix)]
-        if inside:
-            section["modules_in_block_to_quantize"] = [_chosen(quantized, inside)]
+    section = _SECTIONS[settings.method](settings, quantized, kept)
+    section["meta"] = {"quantizer": [f"streammerge:{__version__}"]}
+    return section
+
+
+def _aqlm_section(
+    settings: QuantizeSettings, quantized: Sequence[str], kept: Sequence[str]
+) -> dict[str, Any]:
+    books = settings.codebooks
+    assert books is not None
+    tops = _tops(quantized, kept)
+    return {
+        "quant_method": "aqlm",
+        "num_codebooks": books.count,
+        "nbits_per_codebook": books.bits,
+        "in_group_size": books.group_size,
+        "out_group_size": 1,
+        # transformers 4 has whole names of weights here; from 5 on it looks for modules
+        "linear_weights_not_to_quantize": [*tops, *(f"{name}.weight" for name in kept)],
+    }
+
+
+def _awq_section(
+    settings: QuantizeSettings, quantized: Sequence[str], kept: Sequence[str]
+) -> dict[str, Any]:
+    section: dict[str, Any] = {
+        "quant_method": "awq",
+        "bits": settings.bits,
+        "group_size": settings.group_size,
+        "zero_point": True,
+        "version": "gemm",
+        "lm_head": False,
+        "modules_to_not_convert": _left_out(quantized, kept) or None,
+    }
+    return section | _dynamic(quantized, kept)
+
+
+def _gptq_section(
+    settings: QuantizeSettings, quantized: Sequence[str], kept: Sequence[str]
+) -> dict[str, Any]:
+    section: dict[str, Any] = {
+        "quant_method": "gptq",
+        "bits": settings.bits,
+        "group_size": settings.group_size,
+        "desc_act": settings.desc_act and settings.method == "gptq",
+        "sym": settings.is_symmetric,
+        "checkpoint_format": settings.checkpoint_format,
+        "pack_dtype": "int32",
+        "lm_head": False,
+        "block_name_to_quantize": _block(quantized),
+    }
+    prefix = f"{section['block_name_to_quantize']}."
+    inside = [name for name in kept if name.startswith(prefix)]
+    if inside:
+        section["modules_in_block_to_quantize"] = [_chosen(quantized, inside)]
     if settings.method == "gptq":
         section["true_sequential"] = True
         section["damp_percent"] = settings.damp
         # transformers warns unless desc_act goes without it
         section["act_group_aware"] = settings.act_order and not settings.desc_act
-    if others:
-        section["dynamic"] = {f"-:{pattern}": {} for pattern in _patterns(quantized, others)}
-    section["meta"] = {"quantizer": [f"streammerge:{__version__}"]}
-    return section
+    return section | _dynamic(quantized, kept)
+
+
+_SECTIONS: dict[
+    Method, Callable[[QuantizeSettings, Sequence[str], Sequence[str]], dict[str, Any]]
+] = {"gptq": _gptq_section, "rtn": _gptq_section, "awq": _awq_section, "aqlm": _aqlm_section}
+
+
+def _dynamic(quantized: Sequence[str], kept: Sequence[str]) -> dict[str, Any]:
+    """Return the key by which GPTQModel and SGLang find what is not quantized."""
+    # of the head, `lm_head` says it
+    others = [name for name in kept if name.rpartition(".")[2] != "lm_head"]
+    if not others:
+        return {}
+    return {"dynamic": {f"-:{pattern}": {} for pattern in _patterns(quantized, others)}}
 
 
 def _block(quantized: Iterable[str]) -> str:

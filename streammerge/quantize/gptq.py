@@ -7,6 +7,9 @@ mean diagonal, and U upper triangular with `U^T U = H^-1`, for each input k in t
     e   = (w_k - dequantize(q_k)) / U[k, k]
     w_j = w_j - e * U[k, j]                 for all j > k
 
+What the outputs lose is the sum of all `e^2`. The scale of a group is the one, among those that
+reach from all to half of its extremes, whose sum is smallest for the weights as they come in.
+
 Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
 Transformers", 2023, algorithm 1. Inputs may be taken in the order of falling `H[k, k]`, with the
 groups fixed beforehand (`act_order`), so that `g_idx` stays in order.
@@ -20,12 +23,22 @@ from typing import TYPE_CHECKING
 import torch
 
 from streammerge.errors import QuantizationError
-from streammerge.quantize.linear import Grid, QuantizedLinear, find_grid
+from streammerge.quantize.linear import Grid, QuantizedLinear, search_grid
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["Factored", "GptqOptions", "Hessian", "quantize_gptq", "relative_error"]
+    from streammerge.quantize.linear import Decoded
+
+__all__ = [
+    "Factored",
+    "GptqOptions",
+    "Hessian",
+    "check_inputs",
+    "inverse_factor",
+    "quantize_gptq",
+    "relative_error",
+]
 
 # inputs that are quantized before the rest is brought up to date by one product
 BLOCK = 128
@@ -95,17 +108,13 @@ class Factored:
                 the greatest damping.
         """
         diagonal = hessian.diagonal()
-        if not bool(torch.isfinite(diagonal).all()):
-            raise QuantizationError(
-                f"calibration gave inputs of '{name}' that are NaN or Inf",
-                hint="the model overflows before this layer: is the base broken?",
-            )
+        check_inputs(diagonal, name=name)
         self.hessian = hessian
         self.is_dead = diagonal == 0
         self.order = torch.arange(len(hessian))
         if options.act_order or options.desc_act:
             self.order = torch.argsort(diagonal, descending=True, stable=True)
-        self.upper = _inverse_factor(hessian, self.order, self.is_dead, options.damp, name=name)
+        self.upper = inverse_factor(hessian, self.order, self.is_dead, options.damp, name=name)
 
 
 def quantize_gptq(
@@ -132,7 +141,10 @@ def quantize_gptq(
     if options.desc_act:
         # groups of neighbours in the order of work
         groups = torch.empty_like(groups).scatter_(0, order, groups)
-    scales, zeros = _grids(work, groups, options.grid)
+    # what an error of an input adds to the loss, while nothing before it has changed it
+    worth = torch.empty(features)
+    worth[order] = factored.upper.diagonal() ** -2
+    scales, zeros = _grids(work, groups, options.grid, worth)
     if not bool(torch.isfinite(scales).all()):
         raise QuantizationError(
             f"'{name}' holds NaN, Inf, or values too large for a scale in float16",
@@ -162,9 +174,7 @@ def quantize_gptq(
     return result
 
 
-def relative_error(
-    weight: torch.Tensor, quantized: QuantizedLinear, hessian: torch.Tensor
-) -> float:
+def relative_error(weight: torch.Tensor, quantized: Decoded, hessian: torch.Tensor) -> float:
     """Return `tr(D H D^T) / tr(W H W^T)` with D the difference: what the outputs lose."""
     before = after = 0.0
     for begin in range(0, len(weight), CHUNK_ROWS):
@@ -177,21 +187,50 @@ def relative_error(
 
 
 def _grids(
-    wide: torch.Tensor, groups: torch.Tensor, grid: Grid
+    wide: torch.Tensor, groups: torch.Tensor, grid: Grid, worth: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scales and zeros, each (groups, N)."""
     count = int(groups.max()) + 1
     scales = torch.empty(count, wide.shape[1])
     zeros = torch.empty_like(scales)
     for group in range(count):
-        scales[group], zeros[group] = find_grid(wide[groups == group].T, grid)
+        own = groups == group
+        scales[group], zeros[group] = search_grid(wide[own].T, grid, worth[own])
     return scales, zeros
 
 
-def _inverse_factor(
+def check_inputs(diagonal: torch.Tensor, *, name: str) -> None:
+    """Make sure that a matrix of inputs is one.
+
+    Args:
+        diagonal: (K,)
+        name: Of the layer, for messages.
+
+    Raises:
+        QuantizationError: It holds NaN or Inf.
+    """
+    if not bool(torch.isfinite(diagonal).all()):
+        raise QuantizationError(
+            f"calibration gave inputs of '{name}' that are NaN or Inf",
+            hint="the model overflows before this layer: is the base broken?",
+        )
+
+
+def inverse_factor(
     hessian: torch.Tensor, order: torch.Tensor, is_dead: torch.Tensor, damp: float, *, name: str
 ) -> torch.Tensor:
-    """Return U of the damped matrix, in the order of work."""
+    """Return U of the damped matrix, in the order of work.
+
+    Args:
+        hessian: (K, K) float32; is not changed.
+        order: (K,)
+        is_dead: (K,): inputs that are always zero, whose weights are.
+        damp: Share of the mean diagonal that is added to the diagonal, at least.
+        name: Of the layer, for messages.
+
+    Raises:
+        QuantizationError: It is not positive definite even with the greatest damping.
+    """
     mean = float(hessian.diagonal().mean())
     share = damp
     # by columns, as LAPACK has it: otherwise torch copies the largest thing in memory

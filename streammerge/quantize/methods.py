@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from streammerge.codecs.tensors import torch_dtype
+from streammerge.quantize.aqlm import AqlmOptions, CodebookInputs, quantize_aqlm
+from streammerge.quantize.aqlm_search import CHUNK_VALUES
 from streammerge.quantize.awq import Moments, find_scales, quantize_awq
+from streammerge.quantize.codebooks import pack_codebooks
 from streammerge.quantize.gptq import (
+    CHUNK_ROWS,
     Factored,
     GptqOptions,
     Hessian,
@@ -23,10 +27,10 @@ from streammerge.quantize.scaling import find_previous, takes_scales
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from streammerge.quantize.linear import QuantizedLinear
+    from streammerge.quantize.linear import Decoded, QuantizedLinear
     from streammerge.quantize.runner import LayerRunner
     from streammerge.quantize.scaling import Previous
-    from streammerge.quantize.settings import QuantizeSettings
+    from streammerge.quantize.settings import Method, QuantizeSettings
     from streammerge.quantize.source import MergedSource
 
 __all__ = ["LayerMethod", "method_of"]
@@ -65,11 +69,25 @@ class LayerMethod(ABC):
     def quantize(self, group: list[str]) -> None:
         """Quantize the linears of a group."""
 
+    @classmethod
+    def work_bytes(cls, settings: QuantizeSettings, rows: int, features: int) -> int:
+        """Return what it takes to quantize one linear of (N, K), its weight apart."""
+        del settings
+        # rounding in chunks; the matrix of inputs is needed for the error
+        return 4 * features * features + 3 * rows * features
+
+    def hessian(self, group: list[str], features: int) -> torch.Tensor:
+        """Return the matrix of the inputs that a group shares, (K, K) float32."""
+        accumulated = Hessian(features)
+        for inputs in self.runner.inputs(group[0]):
+            accumulated.add(inputs)
+        return accumulated.matrix
+
     def weights(self, group: list[str]) -> dict[str, torch.Tensor]:
         """Return the weights of a group, all (N, K) of one K."""
         return {path: self.runner.weight(path) for path in group}
 
-    def keep(self, path: str, quantized: QuantizedLinear, packed: dict[str, torch.Tensor]) -> None:
+    def keep(self, path: str, quantized: Decoded, packed: dict[str, torch.Tensor]) -> None:
         """Store a linear, and go on with what its codes stand for."""
         name = self.name_of(path)
         self.stored.update({f"{name}.{end}": tensor for end, tensor in packed.items()})
@@ -80,13 +98,20 @@ class LayerMethod(ABC):
 class PlainMethod(LayerMethod):
     """GPTQ, and rounding: each linear by itself."""
 
+    @classmethod
+    def work_bytes(cls, settings: QuantizeSettings, rows: int, features: int) -> int:
+        """Return what it takes to quantize one linear of (N, K), its weight apart."""
+        if settings.method == "rtn":
+            return super().work_bytes(settings, rows, features)
+        # the matrix of inputs, its factor, and rows on their way from one to the other; the weight
+        # by input, its permuted copy, its codes
+        return 8 * features * features + 8 * CHUNK_ROWS * features + 9 * rows * features
+
     def quantize(self, group: list[str]) -> None:
         """Quantize the linears of a group."""
         weights = self.weights(group)
-        accumulated = Hessian(next(iter(weights.values())).shape[1])
-        for inputs in self.runner.inputs(group[0]):
-            accumulated.add(inputs)
-        codes_of = self._codes_of(accumulated.matrix, name=self.name_of(group[0]))
+        hessian = self.hessian(group, next(iter(weights.values())).shape[1])
+        codes_of = self._codes_of(hessian, name=self.name_of(group[0]))
         for path, weight in weights.items():
             quantized = codes_of(weight, self.name_of(path))
             self.errors[self.name_of(path)] = quantized.relative_error
@@ -204,6 +229,42 @@ class AwqMethod(LayerMethod):
         return applied
 
 
+class AqlmMethod(LayerMethod):
+    """AQLM: each linear by itself, with codebooks of its own."""
+
+    @classmethod
+    def work_bytes(cls, settings: QuantizeSettings, rows: int, features: int) -> int:
+        """Return what it takes to quantize one linear of (N, K), its weight apart."""
+        books = settings.codebooks
+        assert books is not None
+        # the matrix of inputs, its factor, and rows on their way from one to the other
+        matrices = 8 * features * features + 8 * CHUNK_ROWS * features
+        # codes, those before them, and those of rows in the search
+        codes = 3 * 4 * books.count * rows * (features // books.group_size)
+        # codebooks with what conjugate gradients have besides; chunks of the search and of fits
+        return matrices + codes + 12 * 2 * books.table_bytes + 14 * 4 * CHUNK_VALUES
+
+    def quantize(self, group: list[str]) -> None:
+        """Quantize the linears of a group."""
+        settings, weights = self.settings, self.weights(group)
+        assert settings.codebooks is not None
+        options = AqlmOptions(settings.codebooks, damp=settings.damp, seed=settings.seed)
+        hessian = self.hessian(group, next(iter(weights.values())).shape[1])
+        inputs = CodebookInputs(hessian, options, name=self.name_of(group[0]))
+        for path, weight in weights.items():
+            linear = quantize_aqlm(weight, inputs, options, name=self.name_of(path))
+            self.errors[self.name_of(path)] = linear.relative_error
+            self.keep(path, linear, pack_codebooks(linear))
+
+
+_METHODS: dict[Method, type[LayerMethod]] = {
+    "gptq": PlainMethod,
+    "rtn": PlainMethod,
+    "awq": AwqMethod,
+    "aqlm": AqlmMethod,
+}
+
+
 def method_of(settings: QuantizeSettings) -> type[LayerMethod]:
     """Return what does a method to a layer."""
-    return AwqMethod if settings.method == "awq" else PlainMethod
+    return _METHODS[settings.method]

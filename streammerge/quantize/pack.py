@@ -18,7 +18,7 @@ Source: GPTQModel's `TorchLinear` (gptq), and the layout `gemm` of AutoAWQ (awq)
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -32,9 +32,10 @@ from streammerge.errors import QuantizationError
 from streammerge.quantize.linear import QuantizedLinear
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from streammerge.quantize.settings import CheckpointFormat, QuantizeSettings
+    from streammerge.quantize.skeleton import QuantizedModule
 
 __all__ = ["PackedLayout", "pack_awq", "pack_gptq", "unpack_awq", "unpack_gptq"]
 
@@ -52,7 +53,12 @@ class PackedLayout:
     def of(cls, settings: QuantizeSettings) -> PackedLayout:
         """Return the layout that settings lead to; codes of `rtn` are stored as those of `gptq`."""
         method: Literal["gptq", "awq"] = "awq" if settings.method == "awq" else "gptq"
-        return cls(method, settings.bits, settings.group_size)
+        return cls(method, int(settings.bits), settings.group_size)
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """Ends of the names of what stands in a weight's place."""
+        return ".qweight", ".qzeros", ".scales", ".g_idx"
 
     def groups(self, features: int) -> int:
         """Return the number of groups of a row with K inputs."""
@@ -142,6 +148,36 @@ class PackedLayout:
         group = features if self.group_size == -1 else self.group_size
         step = WORD_BITS // math.gcd(WORD_BITS, self.bits)
         return not (rows % step or features % step or features % group)
+
+    def loader_note(self, modules: Sequence[QuantizedModule]) -> str | None:
+        """Say which linears some loaders do not take, and what they would take."""
+        found = [module for module in modules if not self.is_whole(*module.size)]
+        if not found:
+            return None
+        name, (rows, features) = found[0].name, found[0].size
+        sizes = [
+            size
+            for size in (128, 64, 32, -1)
+            if all(replace(self, group_size=size).is_whole(*module.size) for module in found)
+        ]
+        advice = (
+            f"export_quantization_group_size: {sizes[0]} would do"
+            if sizes
+            else "no group size would change that"
+        )
+        return (
+            f"vLLM and SGLang cannot load {len(found)} of the quantized linears, such as '{name}' "
+            f"({rows} x {features}), whose words or groups are not all full; {advice}"
+        )
+
+    def weights(self, stored: Mapping[str, tuple[int, ...]]) -> int:
+        """Return how many weights the tensors of a checkpoint stand for.
+
+        Args:
+            stored: Their shapes, by name.
+        """
+        words = sum(math.prod(s) for name, s in stored.items() if name.endswith(".qweight"))
+        return words * WORD_BITS // self.bits
 
 
 def pack_gptq(

@@ -39,7 +39,7 @@ def test_a_method_without_bits() -> None:
 def test_each_key_has_its_setting(keys: dict[str, Any], bits: float) -> None:
     config = aqlm(**keys, damp=0.2, seed=3, nsamples=5, maxlen=7)
     wanted = QuantizeSettings(
-        "aqlm", bits, damp=0.2, seed=3, nsamples=5, maxlen=7, codebooks=config.codebooks
+        "aqlm", bits, -1, damp=0.2, seed=3, nsamples=5, maxlen=7, codebooks=config.codebooks
     )
     assert read_settings(config) == wanted
 

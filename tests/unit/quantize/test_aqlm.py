@@ -264,6 +264,8 @@ def test_it_gives_the_same_twice_and_changes_nothing(dtype: torch.dtype) -> None
 def test_rows_and_inputs_of_zeros_do_no_harm() -> None:
     weight, hessian = draw(40, 64), hessian_of(64)
     weight[3] = 0
+    # float16 has no such scale
+    weight[4] *= 1e-9
     hessian[:8] = 0
     hessian[:, :8] = 0
     options = options_of(bits=5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from streammerge.quantize.linear import Grid, QuantizedLinear, find_grid
+from streammerge.quantize.linear import SHRINKS, Grid, QuantizedLinear, find_grid, search_grid
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -31,6 +31,52 @@ def test_a_group_of_zeros_has_a_scale() -> None:
         scales, zeros = find_grid(torch.zeros(2, 4), Grid(4, is_symmetric))
         assert (scales == 1).all()
         assert zeros.tolist() == ([8, 8] if is_symmetric else [0, 0])
+
+
+def cost_of(
+    values: torch.Tensor, worth: torch.Tensor, grid: Grid, found: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """Return (N,) float64: the cost of rounding each group."""
+    wide = values.double()
+    scales, zeros = (part.double()[:, None] for part in found)
+    codes = (torch.round(wide / scales) + zeros).clamp(0, grid.highest)
+    return ((scales * (codes - zeros) - wide) ** 2 * worth.double()).sum(dim=1)
+
+
+@pytest.mark.parametrize("is_symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_cheapest_of_all_scales_is_found(bits: int, is_symmetric: bool) -> None:
+    grid = Grid(bits, is_symmetric)
+    generator = torch.Generator().manual_seed(bits)
+    # more groups than are looked at in one go
+    values = torch.randn(5000, 64, generator=generator)
+    worth = torch.rand(64, generator=generator)
+    found = search_grid(values, grid, worth)
+    tried = [find_grid(values * shrink, grid) for shrink in SHRINKS]
+    costs = torch.stack([cost_of(values, worth, grid, one) for one in tried])
+    # the sum of 64 squares is a share of 64 * 2^-24 off in float32
+    assert (cost_of(values, worth, grid, found) <= costs.amin(dim=0) * (1 + 1e-5)).all()
+    assert torch.stack([found[0] == one[0] for one in tried]).any(dim=0).all()
+
+
+def test_what_an_error_costs_decides_whether_an_extreme_is_cut_off() -> None:
+    values = torch.full((1, 16), 0.3)
+    values[0, 0] = 1.0
+    grid = Grid(2)
+    dear, cheap = torch.ones(16), torch.ones(16)
+    dear[0], cheap[0] = 1e6, 1e-6
+    whole = find_grid(values, grid)[0]
+    assert search_grid(values, grid, cheap)[0] < whole
+    cut = cost_of(values, dear, grid, search_grid(values, grid, cheap))
+    assert cost_of(values, dear, grid, search_grid(values, grid, dear)) < cut
+
+
+def test_groups_of_zeros_and_broken_ones_are_as_by_their_extremes() -> None:
+    values = torch.zeros(3, 4)
+    values[1, 2], values[2, 1] = float("nan"), float("inf")
+    scales, _ = search_grid(values, Grid(4), torch.ones(4))
+    assert scales[0] == 1
+    assert not torch.isfinite(scales[1:]).any()
 
 
 def test_dequantize_follows_the_groups() -> None:
