@@ -5,9 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
+import sys
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from streammerge.errors import ConfigError
 
 if TYPE_CHECKING:
     from streammerge.backends.device_merge import Kernels
@@ -15,8 +19,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Gpus", "find_gpus", "kernel_errors", "missing_driver"]
 
-# `module:function` that gives the devices instead, for tests
+# for tests: `module:function` that gives the devices instead; or `triton-interpret`, which is those
+# of a checkout's own tests
 _VARIABLE = "STREAMMERGE_BACKEND"
+_INTERPRETED = ("triton-interpret", "interpreted:find_gpus")
+_TESTS = Path(__file__).parents[2] / "tests" / "gpu"
 _DRIVERS = ("libcuda.so.1", "libamdhip64.so")
 # what Triton's code needs of a GPU
 _LEAST_CAPABILITY = (8, 0)
@@ -49,9 +56,7 @@ def find_gpus() -> Gpus | str:
     """Open the GPUs that torch sees; if there is none, say why."""
     named = os.environ.get(_VARIABLE)
     if named:
-        module, _, function = named.partition(":")
-        found: Gpus = getattr(import_module(module), function)()
-        return found
+        return _named_gpus(named)
     import torch  # noqa: PLC0415 (a second)
 
     if torch.version.cuda is None and torch.version.hip is None:
@@ -66,6 +71,28 @@ def find_gpus() -> Gpus | str:
         note = f"no kernels on the GPU, torch does the arithmetic there: {kernels}"
         return Gpus(runtimes, None, (note,))
     return Gpus(runtimes, kernels)
+
+
+def _named_gpus(named: str) -> Gpus:
+    """Return the devices that a test supplies.
+
+    Raises:
+        ConfigError: It supplies none.
+    """
+    if named == _INTERPRETED[0]:
+        named = _INTERPRETED[1]
+        sys.path.append(str(_TESTS))
+    module, _, function = named.partition(":")
+    try:
+        found: Gpus = getattr(import_module(module), function)()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"{_VARIABLE} names no supplier of devices ({error})",
+            expected=f"module:function, or {_INTERPRETED[0]} in a checkout with its tests",
+            got=named,
+            hint=f"unset {_VARIABLE}: it is for tests",
+        ) from error
+    return found
 
 
 def _find_kernels() -> Kernels | str:

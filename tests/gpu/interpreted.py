@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "kernels")]
 os.environ["TRITON_INTERPRET"] = "1"
 # where an export asks for its devices
-os.environ["STREAMMERGE_BACKEND"] = "interpreted:find_gpus"
+os.environ["STREAMMERGE_BACKEND"] = "triton-interpret"
 
 if TYPE_CHECKING:
     from streammerge.backends.gpus import Gpus

@@ -13,7 +13,7 @@ from stand_ins import ExactKernels
 
 from streammerge.backends import cuda_runtime, device_merge, gpus
 from streammerge.backends.gpus import Gpus, find_gpus, missing_driver
-from streammerge.errors import MemoryBudgetError
+from streammerge.errors import ConfigError, MemoryBudgetError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,6 +65,16 @@ def test_what_torch_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("named", ["nothing_of_that_name", "json:nothing", "json"])
+def test_a_supplier_that_is_not_there_is_an_error(
+    named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STREAMMERGE_BACKEND", named)
+    assert missing_driver() is None
+    with pytest.raises(ConfigError, match=f"supplier of devices.*got {named}; unset STREAM"):
+        find_gpus()
+
+
 def test_every_gpu_is_a_device() -> None:
     found = find_gpus()
     assert isinstance(found, Gpus)
