@@ -64,7 +64,6 @@ def test_what_torch_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_gpus() == "torch finds no GPU that it can use"
 
 
-@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("named", ["nothing_of_that_name", "json:nothing", "json"])
 def test_a_supplier_that_is_not_there_is_an_error(
     named: str, monkeypatch: pytest.MonkeyPatch
@@ -75,6 +74,7 @@ def test_a_supplier_that_is_not_there_is_an_error(
         find_gpus()
 
 
+@pytest.mark.usefixtures("gpu")
 def test_every_gpu_is_a_device() -> None:
     found = find_gpus()
     assert isinstance(found, Gpus)
