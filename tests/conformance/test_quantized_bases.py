@@ -51,6 +51,14 @@ _INT8 = {
 _FLOAT8 = {
     "num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False,
 }  # fmt: skip
+_NVFP4 = {
+    "num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16,
+    "symmetric": True, "dynamic": False, "scale_dtype": "torch.float8_e4m3fn",
+}  # fmt: skip
+_MXFP4 = {
+    "num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True,
+    "dynamic": False, "scale_dtype": "torch.uint8",
+}  # fmt: skip
 
 
 def compressed(form: str, weights: dict[str, Any]) -> dict[str, Any]:
@@ -69,11 +77,15 @@ ENCODED: dict[str, dict[str, Any]] = {
     "int4-groups": compressed("pack-quantized", _INT4),
     "int8-channels": compressed("pack-quantized", _INT8),
     "float8-channels": compressed("float-quantized", _FLOAT8),
+    "nvfp4": compressed("nvfp4-pack-quantized", _NVFP4),
+    "mxfp4": compressed("mxfp4-pack-quantized", _MXFP4),
 }  # fmt: skip
 CODES: dict[str, dict[str, Any]] = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq"},
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm",
             "zero_point": True},
+    "aqlm": {"quant_method": "aqlm", "num_codebooks": 2, "nbits_per_codebook": 8,
+             "in_group_size": 8, "out_group_size": 1, "linear_weights_not_to_quantize": []},
 }  # fmt: skip
 
 
@@ -122,11 +134,28 @@ def round_off(
     section: dict[str, Any], name: str, weight: torch.Tensor
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Return the stored tensors of a weight in a calibrated format, and what they stand for."""
+    if section["quant_method"] == "aqlm":
+        return any_codes(section, name, weight)
     is_awq = section["quant_method"] == "awq"
     codes = quantize_rtn(weight, Grid(4, is_symmetric=not is_awq), 32)
     packed = pack_awq(codes) if is_awq else pack_gptq(codes, "gptq")
     module = name.removesuffix(".weight")
     return {f"{module}.{end}": value for end, value in packed.items()}, codes.dequantize().half()
+
+
+def any_codes(
+    section: dict[str, Any], name: str, weight: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Return codes and codebooks of AQLM that nobody fitted to the weight, and their values."""
+    module, (rows, columns) = name.removesuffix(".weight"), weight.shape
+    generator = torch.Generator().manual_seed(len(name))
+    codes = torch.randint(-128, 128, (rows, columns // 8, 2), generator=generator)
+    state = {
+        f"{module}.codes": codes.to(torch.int8),
+        f"{module}.codebooks": torch.randn(2, 256, 1, 8, generator=generator).half(),
+        f"{module}.scales": 0.02 * torch.rand(rows, 1, 1, 1, generator=generator).half(),
+    }
+    return state, decode(section, state)
 
 
 class Case:
