@@ -151,7 +151,8 @@ def export(
     if deltas:
         report = replace(report, deltas=deltas)
     if quantized is not None:
-        report = replace(report, quantization=quantized.describe())
+        predicted = max(report.predicted_peak_bytes, quantized.foreseen_bytes)
+        report = replace(report, quantization=quantized.describe(), predicted_peak_bytes=predicted)
     return report
 
 

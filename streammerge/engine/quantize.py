@@ -64,6 +64,8 @@ class QuantizedPlan:
     settings: QuantizeSettings
     work: Staging
     """The work folder; to be discarded once the output is published."""
+    foreseen_bytes: int
+    """The most memory that the layers were expected to take."""
 
     def describe(self) -> dict[str, Any]:
         """Give what the layers have become as JSON types."""
@@ -180,7 +182,7 @@ def quantize_layers(
     )
     _check_shapes(skeleton, settings)
     dtype = _compute_dtype(plan)
-    check_memory(
+    foreseen = check_memory(
         skeleton, settings, samples=calibration.ids, dtype=dtype, max_memory=config.max_memory
     )
     work = Staging(
@@ -226,7 +228,7 @@ def quantize_layers(
         raise
     finally:
         progress.stop_layers()
-    return QuantizedPlan(final, layers, calibration.record, settings, work)
+    return QuantizedPlan(final, layers, calibration.record, settings, work, foreseen)
 
 
 def _compute_dtype(plan: MergePlan) -> torch.dtype:

@@ -28,8 +28,8 @@ def check_memory(
     samples: torch.Tensor,
     dtype: torch.dtype,
     max_memory: int,
-) -> None:
-    """Make sure that every layer can be quantized within a ceiling.
+) -> int:
+    """Make sure that every layer can be quantized within a ceiling; return what it will take.
 
     Args:
         skeleton: The model.
@@ -64,6 +64,7 @@ def check_memory(
             got=f"{max_memory // 10**6}MB",
             hint=f"set max_memory: {-(-needed // 10**6)}MB or more",
         )
+    return needed
 
 
 def layer_bytes(skeleton: Skeleton, *, dtype: torch.dtype) -> int:
