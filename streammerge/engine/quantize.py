@@ -221,7 +221,9 @@ def quantize_layers(
             layers = driver.run()
         final = _final_plan(plan, config, settings, work.folder, skeleton)
         note = layout_of(settings).loader_note(list(skeleton.all_linears()))
-        notes = (*([note] if note else []), *_expert_notes(layers))
+        notes = [*([note] if note else []), *_expert_notes(layers)]
+        if config.export_device != "cpu":
+            notes.append("layers are quantized on the CPU, whatever export_device is")
         final = replace(final, notes=(*final.notes, *notes))
     except BaseException:
         work.release()

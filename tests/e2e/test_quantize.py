@@ -188,6 +188,17 @@ def test_linears_that_some_loaders_do_not_take_are_named(case: Case) -> None:
     assert "export_quantization_group_size: 32 would do" in note
 
 
+def test_that_layers_run_on_the_cpu_is_said_where_a_gpu_may_be_expected(case: Case) -> None:
+    said = [
+        any(
+            "quantized on the CPU" in note
+            for note in case.export(device, export_device=device).notes
+        )
+        for device in ("cpu", "auto")
+    ]
+    assert said == [False, True]
+
+
 def test_gptq_loses_less_than_rounding(case: Case) -> None:
     means = {
         method: case.export(method, export_quantization_method=method).quantization[
