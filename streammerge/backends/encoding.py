@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-import torch
+from streammerge.codecs.tensors import bytes_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import torch
 
     from streammerge.plan.ops import Encoding
 
@@ -57,9 +59,9 @@ class WeightEncoder:
         found = self._encoder.encode(begin, end, values)
         for extent in self._encoding.weight.extents(begin, end):
             if extent.role in found and extent.role != self._codes:
-                data = _bytes_of(found[extent.role])
+                data = bytes_of(found[extent.role].contiguous())
                 extent.put(data, memoryview(self._sides[extent.role]))
-        codes = _bytes_of(found[self._codes])
+        codes = bytes_of(found[self._codes].contiguous())
         output[: len(codes)] = codes
         return len(codes)
 
@@ -68,11 +70,6 @@ class WeightEncoder:
         with self._finishing:
             if not self._is_finished:
                 for role, tensor in self._encoder.finish().items():
-                    self._sides[role][:] = _bytes_of(tensor)
+                    self._sides[role][:] = bytes_of(tensor.contiguous())
                 self._is_finished = True
         return memoryview(self._sides[self._encoding.weight.parts[part].role])
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    flat = tensor.contiguous().view(-1).view(torch.uint8)
-    return memoryview(flat.numpy()).cast("B")  # type: ignore[arg-type]

@@ -202,6 +202,12 @@ class ReaderPool:
         """Fill `buffer`, of exactly the tensor's size, with its bytes."""
         self.reader(tensor.file).read_into(tensor.offset, buffer)
 
+    def read_part(self, tensor: StoredTensor, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with bytes from `offset` of a tensor, which nobody will soon read again."""
+        reader = self.reader(tensor.file)
+        reader.read_into(tensor.offset + offset, buffer)
+        reader.forget(tensor.offset + offset, len(buffer))
+
     def close(self) -> None:
         """Close every file."""
         while self._readers:

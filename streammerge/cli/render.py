@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "RichProgress",
+    "print_rows",
+    "print_table",
     "show_bench",
     "show_evaluation",
     "show_inspection",
@@ -126,7 +128,7 @@ def show_report(report: ExportReport) -> None:
     rows += _edits(report.config_edits)
     if report.hub_url:
         rows.append(("pushed to", report.hub_url))
-    _print_rows(rows)
+    print_rows(rows)
 
 
 def show_plan(plan: MergePlan) -> None:
@@ -158,7 +160,7 @@ def show_plan(plan: MergePlan) -> None:
     ]
     rows += _edits(plan.contents.config_edits)
     rows.extend(("note", note) for note in plan.notes)
-    _print_rows(rows)
+    print_rows(rows)
 
 
 def show_inspection(found: dict[str, Any]) -> None:
@@ -167,7 +169,7 @@ def show_inspection(found: dict[str, Any]) -> None:
         _show_adapter(found)
         return
     dtypes = ", ".join(f"{name} {_size(size)}" for name, size in found["bytes_by_dtype"].items())
-    _print_rows(
+    print_rows(
         [
             ("checkpoint", found["path"]),
             ("format", found["format"]),
@@ -177,7 +179,7 @@ def show_inspection(found: dict[str, Any]) -> None:
             ("shards", str(len(found["shards"]))),
         ]
     )
-    _print_table(
+    print_table(
         ("tensor", "dtype", "shape", "size"),
         [(t["name"], t["dtype"], _shape(t["shape"]), _size(t["bytes"])) for t in found["tensors"]],
     )
@@ -186,7 +188,7 @@ def show_inspection(found: dict[str, Any]) -> None:
 def _show_adapter(found: dict[str, Any]) -> None:
     """Print what an adapter is and what it changes, or why it cannot be merged."""
     if not found["is_mergeable"]:
-        _print_rows(
+        print_rows(
             [
                 ("adapter", found["path"]),
                 ("kind", found["peft_type"]),
@@ -213,8 +215,8 @@ def _show_adapter(found: dict[str, Any]) -> None:
     rows += [
         ("token rows", f"{len(rows['tokens'])} of {rows['name']}") for rows in found["token_rows"]
     ]
-    _print_rows(rows)
-    _print_table(
+    print_rows(rows)
+    print_table(
         ("module", "rank", "scaling", "delta", "dtype", "else"),
         [
             (
@@ -245,9 +247,9 @@ def _rest(module: dict[str, Any]) -> str:
 def show_profile(profile: MachineProfile, *, path: Path | None) -> None:
     """Print what was measured, the chosen settings marked, and where it was written."""
     for found in profile.measurements["disks"].values():
-        _print_rows([("disk", f"{found['folder']} ({found['fs_type']}), GB/s")])
+        print_rows([("disk", f"{found['folder']} ({found['fs_type']}), GB/s")])
         modes = ("", "read mode", "write mode", "block", "readers", "writers")
-        _print_table(
+        print_table(
             (*modes, "read", "write", "both"),
             [
                 (
@@ -268,13 +270,13 @@ def show_profile(profile: MachineProfile, *, path: Path | None) -> None:
     for cell in cells:
         row = rows.setdefault((cell["dtype"], cell["rank"]), [])
         row.append(f"{cell['gbps']:.2f}{_mark(cell)}")
-    _print_rows([("merging", f"GB/s in {cells[0]['threads']} threads, by the size of a product")])
-    _print_table(
+    print_rows([("merging", f"GB/s in {cells[0]['threads']} threads, by the size of a product")])
+    print_table(
         ("dtype", "rank", *(f"{size / 2**20:g} MiB" for size in sizes)),
         [(*key, *row) for key, row in rows.items()],
     )
     where = "nowhere: STREAMMERGE_PROFILE is empty" if path is None else str(path)
-    _print_rows([("chosen", "marked with *"), ("written to", where)])
+    print_rows([("chosen", "marked with *"), ("written to", where)])
 
 
 def show_bench(report: BenchReport) -> None:
@@ -285,7 +287,7 @@ def show_bench(report: BenchReport) -> None:
         f"{stage} {seconds:.2f} s in {report.threads[stage]}"
         for stage, seconds in report.busy_seconds.items()
     )
-    _print_rows(
+    print_rows(
         [
             ("machine", report.machine),
             ("base", f"{report.base}, {_size(report.floor_bytes)}"),
@@ -313,20 +315,20 @@ def show_evaluation(report: EvaluationReport) -> None:
         ("time", f"{report.seconds:.1f} s"),
         ("peak memory", _size(report.peak_rss_bytes)),
     ]
-    _print_rows(rows)
+    print_rows(rows)
 
 
 def show_evaluations(reports: Sequence[EvaluationReport]) -> None:
     """Print how well several models foresee a text, next to the first."""
     first = reports[0]
     left_out = f", {first.tokens_left_out} left out" if first.tokens_left_out else ""
-    _print_rows(
+    print_rows(
         [
             ("text", first.text),
             ("tokens", f"{first.tokens} in {first.windows} x {first.length}{left_out}"),
         ]
     )
-    _print_table(
+    print_table(
         ("checkpoint", "perplexity", "ratio", "mean loss", "time", "peak memory"),
         [
             (
@@ -392,14 +394,16 @@ def _size(nbytes: int) -> str:
     return f"{nbytes} B"
 
 
-def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
+def print_rows(rows: Sequence[tuple[str, str]]) -> None:
+    """Print names and what belongs to them, in two columns."""
     console = Console(soft_wrap=True, highlight=False)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         console.print(f"{name:<{width}}  {value}", markup=False)
 
 
-def _print_table(columns: Sequence[str], lines: Sequence[tuple[object, ...]]) -> None:
+def print_table(columns: Sequence[str], lines: Sequence[tuple[object, ...]]) -> None:
+    """Print a table without borders."""
     console = Console(highlight=False)
     table = Table(*columns, box=None, pad_edge=False)
     for line in lines:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
+
+from streammerge.cli.render import print_table
 
 if TYPE_CHECKING:
     from streammerge.engine.compare import BasesReport, KindReport
@@ -18,13 +19,11 @@ def show_bases(report: BasesReport) -> None:
     console = Console(highlight=False)
     for name, value in (("base", report.base), *(("adapter", a) for a in report.adapters)):
         console.print(f"{name:<8}  {value}", markup=False, soft_wrap=True)
-    table = Table(
-        "module", "weights", "base error", "kept on original", "noise", "kept on NF4", "noise",
-        box=None, pad_edge=False,
-    )  # fmt: skip
-    for kind, found in (*report.kinds.items(), ("all", report.all_kinds)):
-        table.add_row(kind, *_cells(found))
-    console.print(table, width=None if console.is_terminal else 160)
+    kinds = (*report.kinds.items(), ("all", report.all_kinds))
+    print_table(
+        ("module", "weights", "base error", "kept on original", "noise", "kept on NF4", "noise"),
+        [(kind, *_cells(found)) for kind, found in kinds],
+    )
     console.print(
         "base error: distance of the two bases, kept: share of the delta after rounding, noise: "
         "error of the rounding; distances in units of the delta",

@@ -163,13 +163,12 @@ class TileReader(ABC):
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill a buffer with the bytes from `offset` of the values."""
-        import torch  # noqa: PLC0415 (planning needs no torch)
+        from streammerge.codecs.tensors import bytes_of  # noqa: PLC0415 (it imports torch)
 
         end = offset + len(buffer)
         row = self._row_bytes
         for first, last in self._tiles(offset // row, -(-end // row)):
-            values = self.make(first, last).view(torch.uint8).numpy()
-            data = memoryview(values).cast("B")  # type: ignore[arg-type]
+            data = bytes_of(self.make(first, last))
             start = first * row
             begin, stop = max(offset, start), min(end, last * row)
             buffer[begin - offset : stop - offset] = data[begin - start : stop - start]

@@ -298,7 +298,5 @@ class _RoundingReader(TileReader):
         source = self._weight.source
         row = source.dtype.nbytes(self._weight.columns)
         data = bytearray((end - begin) * row)
-        reader = self._pool.reader(source.file)
-        reader.read_into(source.offset + begin * row, memoryview(data))
-        reader.forget(source.offset + begin * row, len(data))
+        self._pool.read_part(source, begin * row, memoryview(data))
         return torch.frombuffer(data, dtype=torch_dtype(source.dtype)).view(end - begin, -1)

@@ -12,7 +12,7 @@ from streammerge.dtypes import Dtype
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["E2M1", "as_tensor", "count_below", "decode_e2m1", "exponents", "pack_words",
+__all__ = ["E2M1", "as_tensor", "bytes_of", "count_below", "decode_e2m1", "exponents", "pack_words",
            "torch_dtype", "unpack_nibbles", "unpack_words"]  # fmt: skip
 
 WORD_BITS = 32
@@ -54,6 +54,11 @@ def as_tensor(
         bytearray(buffer) if buffer.readonly else buffer, dtype=torch.uint8
     ).view(_DTYPES[dtype])
     return flat.reshape(shape)
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """View a contiguous tensor as its bytes."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
 
 
 def count_below(values: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:

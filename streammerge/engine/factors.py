@@ -48,11 +48,8 @@ class LoadedFactors:
         def read_source(
             offset: int, buffer: memoryview, source: StoredTensor | None = None
         ) -> None:
-            tensor = own if source is None else source
             with ReaderPool(mode="buffered") as weights:
-                reader = weights.reader(tensor.file)
-                reader.read_into(tensor.offset + offset, buffer)
-                reader.forget(tensor.offset + offset, len(buffer))
+                weights.read_part(own if source is None else source, offset, buffer)
 
         with self._converting:
             if self._converted is None:

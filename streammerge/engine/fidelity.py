@@ -127,7 +127,7 @@ def read_rows(tensor: StoredTensor, rows: tuple[int, int], pool: ReaderPool) -> 
     begin, end = rows
     width = tensor.dtype.nbytes(tensor.shape[-1])
     data = bytearray((end - begin) * width)
-    pool.reader(tensor.file).read_into(tensor.offset + begin * width, memoryview(data))
+    pool.read_part(tensor, begin * width, memoryview(data))
     return torch.frombuffer(data, dtype=torch_dtype(tensor.dtype)).view(end - begin, -1)
 
 

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from streammerge.checkpoint.header import TensorSpec
 from streammerge.dtypes import Dtype
 from streammerge.errors import QuantizationError
+from streammerge.quantize.linear import linear_specs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from streammerge.checkpoint.header import TensorSpec
     from streammerge.config.codebooks import Codebooks
     from streammerge.quantize.skeleton import QuantizedModule
 
@@ -95,10 +96,7 @@ class CodebookLayout:
             ("codebooks", Dtype.F16, (books.count, books.entries, 1, books.group_size)),
             ("scales", Dtype.F16, (rows, 1, 1, 1)),
         ]
-        specs = [TensorSpec(f"{name}.{end}", dtype, shape) for end, dtype, shape in shapes]
-        if bias is not None:
-            specs.append(TensorSpec(f"{name}.bias", bias, (rows,)))
-        return tuple(specs)
+        return linear_specs(name, shapes, rows=rows, bias=bias)
 
     def check(self, rows: int, features: int, *, where: str | None = None) -> None:
         """Make sure that the layout can hold a weight of a shape, and has a use for its entries.

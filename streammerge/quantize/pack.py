@@ -23,17 +23,17 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from streammerge.checkpoint.header import TensorSpec
 from streammerge.codecs.awq import ORDER, unpack_awq_words
 from streammerge.codecs.gptq import BITS
 from streammerge.codecs.tensors import WORD_BITS, pack_words, unpack_words
 from streammerge.dtypes import Dtype
 from streammerge.errors import QuantizationError
-from streammerge.quantize.linear import QuantizedLinear
+from streammerge.quantize.linear import QuantizedLinear, linear_specs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from streammerge.checkpoint.header import TensorSpec
     from streammerge.quantize.settings import CheckpointFormat, QuantizeSettings
     from streammerge.quantize.skeleton import QuantizedModule
 
@@ -94,10 +94,7 @@ class PackedLayout:
                 ("scales", Dtype.F16, (groups, rows)),
                 ("g_idx", Dtype.I32, (features,)),
             ]
-        specs = [TensorSpec(f"{name}.{end}", dtype, shape) for end, dtype, shape in shapes]
-        if bias is not None:
-            specs.append(TensorSpec(f"{name}.bias", bias, (rows,)))
-        return tuple(specs)
+        return linear_specs(name, shapes, rows=rows, bias=bias)
 
     def check(self, rows: int, features: int, *, where: str | None = None) -> None:
         """Make sure that the layout can hold a weight of a shape.

@@ -186,9 +186,6 @@ class MergedSource:
 
     def _reader_of(self, own: StoredTensor) -> SourceReader:
         def read(offset: int, buffer: memoryview, source: StoredTensor | None = None) -> None:
-            tensor = own if source is None else source
-            reader = self._readers.reader(tensor.file)
-            reader.read_into(tensor.offset + offset, buffer)
-            reader.forget(tensor.offset + offset, len(buffer))
+            self._readers.read_part(own if source is None else source, offset, buffer)
 
         return read

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+
+from streammerge.codecs.tensors import bytes_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,7 +41,7 @@ class SpilledRows:
 
     def write(self, begin: int, rows: torch.Tensor) -> None:
         """Write neighbouring rows, (n, columns) of any float dtype, from row `begin` on."""
-        data = _bytes_of(rows.to(self._dtype).contiguous())
+        data = bytes_of(rows.to(self._dtype).contiguous())
         offset = begin * self._row_bytes
         while data:
             done = os.pwrite(self._file, data, offset)
@@ -48,7 +50,7 @@ class SpilledRows:
     def read(self, indices: torch.Tensor) -> torch.Tensor:
         """Return some rows, (len(indices), columns)."""
         found = torch.empty(len(indices), self._columns, dtype=self._dtype)
-        views = _bytes_of(found)
+        views = bytes_of(found)
         for place, index in enumerate(indices.tolist()):
             view = views[place * self._row_bytes : (place + 1) * self._row_bytes]
             got = os.preadv(self._file, [view], index * self._row_bytes)
@@ -66,8 +68,3 @@ class SpilledRows:
     def close(self) -> None:
         """Let the file go."""
         os.close(self._file)
-
-
-def _bytes_of(values: torch.Tensor) -> memoryview:
-    raw: Any = values.view(torch.uint8).numpy()
-    return memoryview(raw).cast("B")
